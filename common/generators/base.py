@@ -1,0 +1,131 @@
+"""The one small interface every generator family implements; all else is written once against it.
+
+A family knows how to load its public base, encode an image and a caption into cached tensors
+(once, without gradient), compute per-view losses from cached tensors, expose its trainable
+state, and assemble a diffusers pipeline for sampling and export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from polyclinic.common.study import GeneratorSettings
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Views:
+    """A batch of views: each is one draw of image, caption, noise and timestep for a patient.
+
+    Every random number a loss needs is in here, drawn outside the model, so that a loss is a pure
+    function of (weights, views) and one patient's draws never depend on another's.
+
+    Attributes:
+        image: Cached tensors of the drawn images, `[B, ...]` each.
+        prompt: Cached tensors of the drawn captions (or of the empty one where dropped), `[B, ...]` each.
+        normal: Standard normal numbers, `[B, draws, *latent]`; how many is `Family.normal_shape`.
+        uniform: Uniform numbers in [0, 1), `[B]`; the family turns them into timesteps.
+    """
+
+    image: Tensors
+    prompt: Tensors
+    normal: Tensor
+    uniform: Tensor
+
+    def tensors(self) -> Tensors:
+        """Flatten to one dictionary, so that torch.func can map over patients."""
+        flat = {f"image.{k}": v for k, v in self.image.items()}
+        flat |= {f"prompt.{k}": v for k, v in self.prompt.items()}
+        return flat | {"normal": self.normal, "uniform": self.uniform}
+
+    @staticmethod
+    def of(flat: Tensors) -> Views:
+        """Undo `tensors`."""
+        part = lambda name: {k.removeprefix(name): v for k, v in flat.items() if k.startswith(name)}  # noqa: E731
+        return Views(part("image."), part("prompt."), flat["normal"], flat["uniform"])
+
+
+class Family(Protocol):
+    """What the rest of Polyclinic knows of a generator."""
+
+    base_hash: str
+    module: nn.Module
+    """The network that holds the trainable parameters; its forward is called through `view_losses`."""
+
+    def encode_image(self, pixels: Tensor) -> Tensors:
+        """Encode `[B, 3, H, W]` pixels in [-1, 1] into cached tensors `[B, ...]`."""
+        ...
+
+    def encode_prompt(self, prompts: list[str]) -> Tensors:
+        """Encode B captions into cached tensors `[B, ...]`."""
+        ...
+
+    def normal_shape(self, image: Tensors) -> tuple[int, ...]:
+        """Shape of the normal numbers one view needs, from the cached tensors of images."""
+        ...
+
+    def view_losses(self, views: Views) -> Tensor:
+        """Loss of each view, shape `[B]`, differentiable in the trainable parameters."""
+        ...
+
+    def pipeline(self) -> Any:
+        """Assemble the diffusers pipeline around the current weights."""
+        ...
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require a gradient, by name, in a fixed order."""
+    return {name: p for name, p in sorted(module.named_parameters()) if p.requires_grad}
+
+
+def trainable_state(module: nn.Module) -> Tensors:
+    """Copy the trainable state: name to fp32 tensor on the CPU."""
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in trainable(module).items()}
+
+
+@torch.no_grad()
+def load_trainable_state(module: nn.Module, state: Tensors) -> None:
+    """Write a trainable state into a module.
+
+    Raises:
+        ValueError: Other names or shapes than the module's.
+    """
+    parameters = trainable(module)
+    if parameters.keys() != state.keys():
+        odd = sorted(parameters.keys() ^ state.keys())
+        raise ValueError(f"trainable state has other tensors than the generator, e.g. {odd[0]}")
+    for name, parameter in parameters.items():
+        if parameter.shape != state[name].shape:
+            raise ValueError(f"{name}: shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
+        parameter.copy_(state[name])
+
+
+def in_batches(items: list[Any], size: int) -> Iterable[list[Any]]:
+    """Cut a list into consecutive batches."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def load_family(
+    settings: GeneratorSettings, image_size: int, vae: Path, *, device: str = "cpu", encoders: bool = True
+) -> Family:
+    """Load a generator with its public base.
+
+    Args:
+        settings: The study's generator table.
+        image_size: Pixels a side.
+        vae: Folder of the frozen autoencoder.
+        device: Where it lives.
+        encoders: False leaves VAE and text encoder on disk: training reads the cache instead.
+    """
+    from polyclinic.common.generators.msdm import Msdm
+
+    return Msdm(settings, image_size, vae, device=device, encoders=encoders)

@@ -1,0 +1,204 @@
+"""MSDM: a compact text-conditioned latent diffusion model for medicine (arXiv 2505.05573).
+
+Built on diffusers' UNet2DConditionModel and exported as a StableDiffusionPipeline. Departures of
+`size = "msdm"` from the released model (326.5 M parameters), each on purpose:
+
+* Text path: one linear projection to keys and values (diffusers' `text_proj`) where the released
+  model has Linear-SiLU-Linear, so that a plain StableDiffusionPipeline loads the result. The
+  attention-pooled text vector added to the time embedding is kept (`addition_embed_type="text"`).
+* Attention heads are 8 per level with the level's width split among them, as released.
+* Dropout is 0 instead of 0.1: dropout inside the network would make one patient's draws depend on
+  the batch it stands in (PRIVACY.md, rule 1).
+* No colour jitter and no flips: preprocessing is deterministic, so that latents are cached once.
+* The text encoder is a setting; the released code used CLIP ViT-L/14.
+
+`msdm-small` and `msdm-tiny` are the same design, narrower and shallower; they are ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.common.generators.base import Tensors, Views
+from polyclinic.common.generators.public import hash_base, resolve
+
+if TYPE_CHECKING:
+    from polyclinic.common.study import GeneratorSettings
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+VAE_FACTOR = 8
+
+# Widths by level, residual blocks a level, key/value width, heads, GroupNorm groups.
+SIZES: dict[str, tuple[tuple[int, ...], int, int, int, int]] = {
+    "msdm": ((256, 512, 1024), 2, 1024, 8, 32),
+    "msdm-small": ((128, 256, 320), 2, 320, 8, 32),
+    "msdm-tiny": ((64, 112), 1, 128, 4, 16),
+}
+
+# Noise schedule of the released training: T = 1000, scaled_linear 0.002 -> 0.02.
+TRAIN_STEPS, BETA_START, BETA_END = 1000, 0.002, 0.02
+
+
+def build_unet(settings: GeneratorSettings, latent_size: int, latent_channels: int, text_width: int) -> Any:
+    """Build the denoiser with random weights.
+
+    Args:
+        settings: The study's generator table.
+        latent_size: Latent pixels a side (image size / 8).
+        latent_channels: Channels of the VAE's latent.
+        text_width: Width of the text encoder's last hidden state.
+    """
+    from diffusers import UNet2DConditionModel
+
+    widths, layers, cross, heads, groups = SIZES[settings.size]
+    levels = len(widths)
+    unet = UNet2DConditionModel(
+        sample_size=latent_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=widths,
+        layers_per_block=layers,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        cross_attention_dim=cross,
+        # diffusers reads this as the number of heads when num_attention_heads is not given.
+        attention_head_dim=heads,
+        encoder_hid_dim=text_width,
+        encoder_hid_dim_type="text_proj",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+        norm_num_groups=groups,
+    )
+    nn.init.zeros_(unet.conv_out.weight)
+    nn.init.zeros_(unet.conv_out.bias)
+    return unet
+
+
+def train_only(unet: nn.Module, part: str) -> None:
+    """Let only the named part of the UNet require gradients: `all` or `attention` (with the text path)."""
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(
+            part == "all" or ".attentions." in name or name.startswith(("encoder_hid_proj", "add_embedding"))
+        )
+
+
+class Msdm:
+    """The MSDM family. See `base.Family`."""
+
+    def __init__(
+        self,
+        settings: GeneratorSettings,
+        image_size: int,
+        vae: Path,
+        *,
+        device: str = "cpu",
+        encoders: bool = True,
+    ) -> None:
+        from diffusers import AutoencoderKL
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+        self.settings, self.device = settings, device
+        text = resolve(settings.text_encoder, settings.text_encoder_revision, "generator.text_encoder")
+        if encoders:
+            self.base_hash = hash_base(vae, text, settings.max_tokens)
+            self.vae = AutoencoderKL.from_pretrained(vae, use_safetensors=True, low_cpu_mem_usage=False).to(device)
+            self.tokenizer = AutoTokenizer.from_pretrained(text, model_max_length=settings.max_tokens)
+            self.text_encoder = AutoModel.from_pretrained(text, use_safetensors=True, trust_remote_code=False).to(device)
+            # StableDiffusionPipeline passes the padding mask to the encoder only if it says so.
+            self.text_encoder.config.use_attention_mask = True
+            for frozen in (self.vae, self.text_encoder):
+                frozen.requires_grad_(False).eval()
+        vae_config = AutoencoderKL.load_config(vae)
+        channels = int(vae_config["latent_channels"])
+        self.scaling = float(vae_config["scaling_factor"])
+        width = int(AutoConfig.from_pretrained(text).hidden_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.init_seed)
+            self.module = build_unet(settings, image_size // VAE_FACTOR, channels, width).to(device)
+        train_only(self.module, settings.train)
+        self.module.train()
+        betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
+        self.alphas = torch.cumprod(1 - betas, 0).float().to(device)
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor) -> Tensors:
+        """Return the VAE's posterior moments, scaled to unit variance: `mean`, `std`, `[B, C, h, w]`."""
+        posterior = self.vae.encode(pixels.to(self.device)).latent_dist
+        return {"mean": posterior.mean * self.scaling, "std": posterior.std * self.scaling}
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str]) -> Tensors:
+        """Return the text encoder's last hidden state, padded to `max_tokens`: `states`, `[B, T, D]`."""
+        tokens = self.tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=self.settings.max_tokens,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        output = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)
+        return {"states": output.last_hidden_state}
+
+    def normal_shape(self, image: Tensors) -> tuple[int, ...]:
+        """Two latents a view: one for the posterior sample, one for the diffusion noise."""
+        return (2, *image["mean"].shape[1:])
+
+    def view_losses(self, views: Views) -> Tensor:
+        """Loss of each view `[B]`: L1 or squared error of the epsilon or v prediction (Ho et al. 2020,
+        2006.11239; Salimans & Ho 2022, 2202.00512), min-SNR weighted where asked (2303.09556).
+        """
+        latent = views.image["mean"] + views.image["std"] * views.normal[:, 0]
+        noise = views.normal[:, 1]
+        # A gather instead of indexing keeps this a pure function that torch.func can map.
+        step = (views.uniform * TRAIN_STEPS).long().clamp(0, TRAIN_STEPS - 1)
+        alpha = self.alphas.gather(0, step)[:, None, None, None]
+        noisy = alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
+        v = self.settings.prediction == "v_prediction"
+        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latent if v else noise
+        predicted = self.module(noisy, step, views.prompt["states"]).sample
+        error = (predicted - target).flatten(1)
+        loss = error.abs().mean(1) if self.settings.loss == "l1" else error.square().mean(1)
+        if self.settings.snr_gamma is not None:
+            snr = (alpha / (1 - alpha)).flatten()
+            loss = loss * snr.clamp(max=self.settings.snr_gamma) / (snr + 1 if v else snr)
+        return loss
+
+    def scheduler(self) -> Any:
+        """DDIM over the training's own noise schedule."""
+        from diffusers import DDIMScheduler
+
+        return DDIMScheduler(
+            num_train_timesteps=TRAIN_STEPS,
+            beta_start=BETA_START,
+            beta_end=BETA_END,
+            beta_schedule="scaled_linear",
+            prediction_type=self.settings.prediction,
+            clip_sample=False,
+            set_alpha_to_one=True,
+            timestep_spacing="trailing",
+        )
+
+    def pipeline(self) -> Any:
+        """A StableDiffusionPipeline around a copy of the current weights, ready to sample or to save."""
+        from diffusers import StableDiffusionPipeline
+
+        unet = copy.deepcopy(self.module).eval().requires_grad_(False)
+        pipeline = StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=unet,
+            scheduler=self.scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline

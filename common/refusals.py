@@ -1,0 +1,95 @@
+"""Every way to say no: one table of code, cause and remedy.
+
+Two kinds of "no" exist. `BadInput` is a mistake in what a person gave us (exit code 2). `Refusal`
+is a site or server that may not do what it was asked (exit code 3); it has a code that travels to
+the coordinator, so its text is fixed here and never carries anything private.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class BadInput(Exception):
+    """A mistake in a file or argument; the message names the file, the field and the fix."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One row of the table: the code that travels, the cause and the remedy in plain words."""
+
+    code: int
+    name: str
+    cause: str
+    remedy: str
+
+
+REASONS: dict[str, Reason] = {
+    reason.name: reason
+    for reason in (
+        Reason(1001, "not-approved", "the site has not approved this study",
+               "run `polyclinic-client approve STUDY` at the site"),
+        Reason(1002, "approval-drift", "something the approval binds has changed since",
+               "look at `polyclinic-client status` at the site and approve again"),
+        Reason(1003, "budget-exhausted", "the site's privacy budget for this study is used up",
+               "nothing: the site has given what it may give"),
+        Reason(1004, "not-private-forbidden", "the study trains without privacy",
+               "set `allow_not_private = true` in the site's own policy.toml, if that is meant"),
+        Reason(1005, "test-randomness-forbidden", "the study asks for fixed randomness",
+               "set `allow_test_randomness = true` in the site's own policy.toml; private runs never may"),
+        Reason(1006, "policy-forbids", "the site's policy does not allow this study",
+               "compare the study with the site's policy.toml"),
+        Reason(1007, "round-already-answered", "the site has answered this round for another state",
+               "resume the run from the checkpoint whose reply was released"),
+        Reason(1008, "ledger-missing", "the site's privacy ledger is missing",
+               "restore ledger.jsonl from the site's backup; a fresh start would forget what was spent"),
+        Reason(1009, "ledger-broken", "the site's privacy ledger is not whole",
+               "run `polyclinic-client ledger verify` at the site"),
+        Reason(1010, "round-too-late", "the round's deadline has passed",
+               "raise federation.deadline_s if the site is slow"),
+        Reason(1011, "bad-message", "the message is not one this site understands",
+               "use the same Polyclinic release on server and site"),
+        Reason(1012, "bad-state", "the state sent has other names, shapes or types than the generator",
+               "check that server and site run the same study and code version"),
+        Reason(1013, "site-not-ready", "the site's cache or snapshot is not there",
+               "run `polyclinic-client cache` at the site"),
+        Reason(1014, "site-fault", "the site had a fault of its own while it trained",
+               "ask the site's engineer to read its local journal"),
+        Reason(1015, "accountant-disagrees", "two privacy accountants disagree about this study",
+               "choose a larger sampling rate or fewer steps, and report it to Polyclinic"),
+        Reason(1016, "self-test-failed", "the site's start-up self-test of clipping failed",
+               "do not train; report it to Polyclinic with the code version"),
+        Reason(1017, "another-process", "another process holds this site's ledger",
+               "wait for it to end, or stop it"),
+        Reason(1018, "too-few-replies", "fewer sites answered than a release needs",
+               "start the missing sites, or lower federation.min_sites before approval"),
+    )
+}  # fmt: skip
+
+
+class Refusal(Exception):
+    """A site or the server may not do what it was asked.
+
+    Args:
+        name: Key of `REASONS`.
+        detail: For the local reader only; it never travels.
+    """
+
+    exit_code = 3
+
+    def __init__(self, name: str, detail: str = "") -> None:
+        self.reason = REASONS[name]
+        self.detail = detail
+        super().__init__(self.sentence())
+
+    def sentence(self) -> str:
+        """Return cause, detail and remedy as one sentence."""
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"refused [{self.reason.code} {self.reason.name}]: {self.reason.cause}{detail}; {self.reason.remedy}"
+
+
+def reason_of(code: int) -> Reason | None:
+    """Find the row with this code."""
+    return next((reason for reason in REASONS.values() if reason.code == code), None)

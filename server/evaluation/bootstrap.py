@@ -1,0 +1,77 @@
+"""Bayesian bootstrap of balanced accuracies over groups (patients or prompts)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Random weights of groups, drawn once so that all concepts are resampled together.
+
+    Attributes:
+        groups: Group of each row of a set.
+        ids: Number of each row's group, [n].
+        weights: Exponential weight of each group in each draw, [RESAMPLES, groups].
+        unit: What the groups are, for the report.
+    """
+
+    groups: Sequence[str]
+    ids: Tensor
+    weights: Tensor
+    unit: str
+
+
+def draw_weights(groups: Sequence[str], unit: str) -> Bootstrap:
+    """Draw exponential weights (Rubin's Bayesian bootstrap) for each group.
+
+    Args:
+        groups: Group of each row of a set.
+        unit: What the groups are, for the report.
+    """
+    names = {name: i for i, name in enumerate(sorted(set(groups)))}
+    uniform = torch.rand(
+        RESAMPLES, len(names), dtype=torch.float64, generator=torch.Generator().manual_seed(len(names))
+    )
+    weights = -uniform.clamp_min(1e-300).log()
+    return Bootstrap(groups, torch.tensor([names[group] for group in groups]), weights, unit)
+
+
+def balanced_accuracy_draws(
+    predicted: list[str], given: list[str], rows: list[int], bootstrap: Bootstrap
+) -> Tensor:
+    """Draw balanced accuracies with random weights of groups, each class normalised on its own.
+
+    One pseudo-group a class, on average half right and half wrong (Jeffreys), as large as the mean
+    group: without it the interval has no width where all images, or the only prompt, are right.
+
+    Args:
+        predicted: Predicted label of each of the rows.
+        given: True or wanted label of each of them.
+        rows: Which rows of the bootstrap's set they are.
+        bootstrap: Weights of that set's groups.
+
+    Returns:
+        Balanced accuracies, [RESAMPLES], float64.
+    """
+    ids, count = bootstrap.ids[rows], bootstrap.weights.shape[1]
+    generator = torch.Generator().manual_seed(1)
+    recalls = []
+    for label in sorted(set(given)):
+        of_class = torch.tensor([value == label for value in given])
+        hit = torch.tensor([p == label for p in predicted]) & of_class
+        images = torch.bincount(ids[of_class], minlength=count).double()
+        hits = torch.bincount(ids[hit], minlength=count).double()
+        size = images.sum() / (images > 0).sum()
+        # Half a squared normal is Gamma(1/2): half of the pseudo-group's weight.
+        right, wrong = (
+            0.5 * torch.randn(2, RESAMPLES, generator=generator, dtype=torch.float64).square() * size
+        )
+        recalls.append((bootstrap.weights @ hits + right) / (bootstrap.weights @ images + right + wrong))
+    return torch.stack(recalls).mean(dim=0)

@@ -1,0 +1,160 @@
+"""The verdict of a comparison: which arm wins on what, and by how much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from polyclinic.server.evaluation.estimate import Estimate
+from polyclinic.server.report.metrics import (
+    Metrics,
+    Phase,
+    Quantity,
+    bytes_moved,
+    first_and_last,
+    total,
+    worst_epsilon,
+)
+from polyclinic.server.report.verdict import order, written, written_share
+from polyclinic.server.report.wording import arm_names, bound, listed, number, quantity, scaled
+
+# Evaluation is the same for every arm, so it would only blur a comparison of compute.
+LEARNING: tuple[Phase, ...] = ("pretraining", "preparation", "training", "aggregation")
+
+
+def final_kid(arm: Metrics) -> Estimate | None:
+    """KID of the last judged round."""
+    ends = first_and_last(arm)
+    return ends[1].fidelity.kid if ends and ends[1].fidelity else None
+
+
+def final_faithfulness(arm: Metrics) -> Estimate | None:
+    """Overall faithfulness of the last judged round."""
+    ends = first_and_last(arm)
+    return ends[1].faithfulness.overall.accuracy if ends and ends[1].faithfulness else None
+
+
+def compute(arms: list[Metrics]) -> tuple[Quantity, str, list[float | None]]:
+    """Choose the measure of compute that every arm states: GPU time, else CPU time, else FLOPs.
+
+    Returns:
+        The quantity, its unit, and its value for each arm, evaluation apart.
+    """
+    options: tuple[tuple[Quantity, str], ...] = (("GPU time", "s"), ("CPU time", "s"), ("FLOPs", "FLOP"))
+    for name, unit in options:
+        values = [total(arm.cost, name, LEARNING) for arm in arms]
+        if all(values):
+            return name, unit, values
+    return "CPU time", "s", [total(arm.cost, "CPU time", LEARNING) for arm in arms]
+
+
+def winner(
+    names: list[str], values: list[Estimate | None], *, lowest: bool, subject: str, write: Callable[[Estimate], str]
+) -> str | None:
+    """Name the best arm by an estimate, and those that cannot be told apart from it."""
+    known = [(name, value) for name, value in zip(names, values, strict=True) if value is not None]
+    if len(known) < 2:
+        return None
+    best, top = (min if lowest else max)(known, key=lambda pair: pair[1].value)
+    side = "below" if lowest else "above"
+    tied = [name for name, value in known if name != best and order(top, value) != side]
+    if not tied:
+        return f"{subject}: {best} wins clearly, {write(top)}."
+    return f"{subject}: {best} has the best value, {write(top)}, but is not clearly ahead of {listed(tied)}."
+
+
+def price_of_privacy(names: list[str], arms: list[Metrics]) -> str | None:
+    """Compare the best private arm's KID with the best non-private arm's."""
+    kids = [(name, arm, final_kid(arm)) for name, arm in zip(names, arms, strict=True)]
+    private = [(kid, name) for name, arm, kid in kids if kid is not None and arm.private]
+    open_ = [(kid, name) for name, arm, kid in kids if kid is not None and not arm.private]
+    if not private or not open_:
+        return None
+    guarded, guarded_name = min(private, key=lambda pair: pair[0].value)
+    bare, bare_name = min(open_, key=lambda pair: pair[0].value)
+    side = order(guarded, bare)
+    if side == "overlapping":
+        return f"The price of privacy does not show in KID: {guarded_name} and {bare_name} have overlapping intervals."
+    if side == "unknown":
+        return None
+    if side == "below":
+        return f"{guarded_name} is private and still has a lower KID than {bare_name}."
+    times = f", {number(guarded.value / bare.value, 2)} times as high" if bare.value > 0 else ""
+    return (
+        f"The price of privacy in KID: {number(guarded.value)} for {guarded_name}, "
+        f"{number(bare.value)} for {bare_name}{times}."
+    )
+
+
+def cheapest(names: list[str], values: list[float | None], unit: str, subject: str) -> str | None:
+    """Name the arm with the smallest cost, or say that the arms are within 5 % of each other."""
+    known = [(value, name) for name, value in zip(names, values, strict=True) if value is not None]
+    if len(known) < 2:
+        return None
+    known.sort()
+    low, high = known[0], known[-1]
+
+    def write(value: float) -> str:
+        return scaled(value, "B") if unit == "B" else quantity(value, unit)
+
+    if high[0] <= 1.05 * low[0]:
+        return f"{subject}: the arms are within 5 % of each other, about {write(low[0])}."
+    return f"{subject}: {low[1]} is the cheapest with {write(low[0])}; {high[1]} took the most, {write(high[0])}."
+
+
+def comparison_verdict(arms: list[Metrics]) -> list[str]:
+    """Say which arm wins on fidelity, faithfulness, privacy, compute and traffic.
+
+    Args:
+        arms: Metrics of the arms, judged by the same prompts against the same reference.
+
+    Returns:
+        Sentences, most important first.
+    """
+    names = arm_names(arms)
+    said = [
+        winner(names, [final_kid(a) for a in arms], lowest=True, subject="Fidelity", write=lambda e: f"KID {written(e)}"),
+        winner(
+            names,
+            [final_faithfulness(a) for a in arms],
+            lowest=False,
+            subject="Faithfulness",
+            write=lambda e: f"balanced accuracy {written_share(e)}",
+        ),
+        privacy(names, arms),
+        price_of_privacy(names, arms),
+    ]
+    name, unit, values = compute(arms)
+    said.append(cheapest(names, values, unit, f"{name}, evaluation apart"))
+    said.append(cheapest(names, [float(sum(bytes_moved(a))) for a in arms], "B", "Traffic"))
+    return [sentence for sentence in said if sentence] + comparability(names, arms)
+
+
+def privacy(names: list[str], arms: list[Metrics]) -> str:
+    """Name the private arms with their epsilon; the others protect nobody."""
+    spent = [
+        (epsilon, name)
+        for name, arm in zip(names, arms, strict=True)
+        if arm.private and (epsilon := worst_epsilon(arm)) is not None and math.isfinite(epsilon)
+    ]
+    if not spent:
+        return "Privacy: no arm protects its patients."
+    words = [f"{name} (epsilon {bound(epsilon)})" for epsilon, name in sorted(spent)]
+    if len(words) == 1:
+        return f"Privacy: only {words[0]} protects its patients."
+    return f"Privacy: {listed(words)} protect their patients; {sorted(spent)[0][1]} most."
+
+
+def comparability(names: list[str], arms: list[Metrics]) -> list[str]:
+    """Warn where arms were not judged alike."""
+    said = []
+    if any(arm.prompts != arms[0].prompts for arm in arms):
+        said.append("Not a fair comparison: the arms were judged by different prompts.")
+    ends = [first_and_last(arm) for arm in arms]
+    protocols = {(e[1].fidelity.extractor, e[1].fidelity.protocol) for e in ends if e and e[1].fidelity}
+    if len(protocols) > 1:
+        said.append("Not a fair comparison: the arms were judged by different extractors or protocols.")
+    unjudged = [name for name, e in zip(names, ends, strict=True) if e is None]
+    if unjudged:
+        said.append(f"Not judged: {listed(unjudged)}.")
+    return said

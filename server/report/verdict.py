@@ -1,0 +1,219 @@
+"""The verdict: what the numbers say, in plain words, and honest when they say no.
+
+Two values count as different only where their 95 % intervals do not overlap. That is stricter than
+a test of the difference, so a verdict of "clearly" can be relied on; where intervals overlap or are
+missing the sentence says so instead of taking a side.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from polyclinic.server.evaluation.estimate import Estimate
+from polyclinic.server.evaluation.probe import Faithfulness
+from polyclinic.server.report import wording
+from polyclinic.server.report.metrics import (
+    Metrics,
+    RoundFacts,
+    bytes_moved,
+    evaluated_rounds,
+    first_and_last,
+    total,
+    worst_epsilon,
+)
+from polyclinic.server.report.wording import listed, number, percent
+
+Order = Literal["below", "above", "overlapping", "unknown"]
+
+
+def order(a: Estimate, b: Estimate) -> Order:
+    """Say on which side of estimate b the interval of estimate a lies."""
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return "unknown"
+    if a.high < b.low:
+        return "below"
+    return "above" if a.low > b.high else "overlapping"
+
+
+def against(estimate: Estimate, level: float) -> Order:
+    """Say on which side of a fixed level the interval of an estimate lies."""
+    if estimate.low is None or estimate.high is None:
+        return "unknown"
+    if estimate.high < level:
+        return "below"
+    return "above" if estimate.low > level else "overlapping"
+
+
+def written(estimate: Estimate) -> str:
+    """Write an estimate with its interval."""
+    text = wording.interval(estimate)
+    return f"{number(estimate.value)} (95 % interval {text})" if text else f"{number(estimate.value)} (no interval)"
+
+
+def written_share(estimate: Estimate) -> str:
+    """Write a share with its interval in percent."""
+    text = wording.percent_interval(estimate)
+    return f"{percent(estimate.value)} (95 % interval {text})" if text else f"{percent(estimate.value)} (no interval)"
+
+
+def fidelity_sentences(start: RoundFacts, final: RoundFacts) -> list[str]:
+    """Compare the final images with the start's and with the floor."""
+    if start.fidelity is None or final.fidelity is None:
+        return ["Fidelity was not measured."]
+    kid, before = final.fidelity.kid, start.fidelity.kid
+    said = []
+    if start.round == final.round:
+        said.append(f"Only round {final.round} was judged: KID to the reference is {written(kid)}.")
+    else:
+        side = order(kid, before)
+        opening = {
+            "below": "Fidelity got better",
+            "above": "Fidelity got worse",
+            "overlapping": "Fidelity did not change clearly",
+            "unknown": "Whether fidelity changed is not known, for want of intervals",
+        }[side]
+        way = {"below": "down from", "above": "up from"}.get(side, "against")
+        since = "the start" if start.round == 0 else f"round {start.round}"
+        said.append(
+            f"{opening}: KID to the reference is {written(kid)} after round {final.round}, "
+            f"{way} {written(before)} at {since}."
+        )
+    said.append(floor_sentence(kid))
+    return said
+
+
+def floor_sentence(kid: Estimate) -> str:
+    """Put a KID beside what two halves of the reference differ by."""
+    if kid.floor is None:
+        return "No floor was measured, so it is not known how close two sets of real images would be."
+    side = against(kid, kid.floor)
+    floor = f"two patient-disjoint halves of the reference differ by {number(kid.floor)}"
+    if side == "above":
+        times = f", {number(kid.ratio, 2)} times less" if kid.ratio is not None and kid.ratio > 1 else ""
+        return f"Real images are closer to each other than these are to them: {floor}{times}."
+    if side == "unknown":
+        return f"For comparison, {floor}."
+    return f"By this measure the images cannot be told apart from real ones at this sample size: {floor}."
+
+
+def best_round_sentence(metrics: Metrics) -> str | None:
+    """Name an earlier round that was clearly better than the last one."""
+    judged = evaluated_rounds(metrics)
+    kids = {r.round: r.fidelity.kid for r in judged if r.fidelity is not None}
+    if len(kids) < 2:
+        return None
+    best = min(kids, key=lambda number_of_round: kids[number_of_round].value)
+    if best == judged[-1].round or order(kids[best], kids[judged[-1].round]) != "below":
+        return None
+    return f"Round {best} was clearly better than the last one: KID {written(kids[best])}."
+
+
+def faithfulness_sentences(start: Faithfulness | None, final: Faithfulness | None) -> list[str]:
+    """Compare agreement with the prompts with chance, with the start, and concept by concept."""
+    if final is None:
+        return ["Faithfulness to the prompts was not measured."]
+    accuracy, chance = final.overall.accuracy, final.overall.chance
+    opening = {
+        "above": "Images show what their prompt asks for more often than chance",
+        "below": "Images show what their prompt asks for less often than chance",
+        "overlapping": "Whether images follow their prompt cannot be told from chance",
+        "unknown": "Faithfulness has no interval, so it cannot be told from chance",
+    }[against(accuracy, chance)]
+    text = f"{opening}: balanced accuracy {written_share(accuracy)}, chance {percent(chance)}"
+    if final.overall.real is not None:
+        text += f", real images {percent(final.overall.real.value)}"
+    said = [text + "."]
+    if start is not None:
+        change = {
+            "above": "Faithfulness is clearly better than",
+            "below": "Faithfulness got worse: it is clearly below",
+            "overlapping": "Faithfulness is not clearly different from",
+            "unknown": "Faithfulness cannot be compared, for want of intervals, with",
+        }[order(accuracy, start.overall.accuracy)]
+        said.append(f"{change} the start's {written_share(start.overall.accuracy)}.")
+    weak = [row.concept for row in final.rows if against(row.accuracy, row.chance) != "above"]
+    if weak and len(final.rows) > 1:
+        said.append(f"Not shown to be above chance: {listed(weak)}.")
+    return said
+
+
+def privacy_sentences(metrics: Metrics) -> list[str]:
+    """State what was spent, or that nothing protects the patients."""
+    if not metrics.private:
+        return ["NOT PRIVATE: nothing bounds what this generator may reveal about a patient it was trained on."]
+    epsilon = worst_epsilon(metrics)
+    if epsilon is None:
+        return ["No site stated an epsilon, so no privacy claim can be made."]
+    if math.isinf(epsilon):
+        return ["At least one site spent without bound (epsilon is infinite), so no privacy claim can be made."]
+    deltas = [s.delta for s in metrics.sites if s.delta is not None]
+    delta = f", delta {wording.bound(max(deltas))}" if deltas else ""
+    sites = "the one site" if len(metrics.sites) == 1 else f"each of the {len(metrics.sites)} sites"
+    said = [f"At {sites} the privacy loss is at most epsilon {wording.bound(epsilon)}{delta}."]
+    over = [
+        s.name
+        for s in metrics.sites
+        if s.epsilon is not None and s.epsilon_cap is not None and s.epsilon > s.epsilon_cap
+    ]
+    if over:
+        said.append(f"Above the site's own cap: {listed(over)}. This must not happen; read the site's ledger.")
+    if epsilon > 10:
+        said.append("An epsilon above 10 is a weak guarantee.")
+    return said
+
+
+def participation_sentences(metrics: Metrics) -> list[str]:
+    """Name what went missing on the way."""
+    refused = sum(len(r.refused) for r in metrics.rounds)
+    absent = sum(len(r.absent) for r in metrics.rounds)
+    lost = [r.round for r in metrics.rounds if r.round > 0 and not r.released]
+    said = []
+    if refused or absent:
+        replies = wording.plural(absent, "missing reply", "missing replies")
+        said.append(f"On the way, sites gave {wording.count(refused, 'refusal')} and {replies}.")
+    if lost:
+        said.append(
+            f"{wording.count(len(lost), 'round')} released nothing for want of sites, and budget was still spent."
+        )
+    return said
+
+
+def cost_sentence(metrics: Metrics) -> str:
+    """State wall time, compute and bytes."""
+    parts = [f"{wording.seconds(metrics.seconds_total)} from start to end"]
+    gpu, cpu = total(metrics.cost, "GPU time"), total(metrics.cost, "CPU time")
+    if gpu:
+        parts.append(f"{wording.seconds(gpu)} of GPU time")
+    if cpu:
+        parts.append(f"{wording.seconds(cpu)} of CPU time")
+    down, up = bytes_moved(metrics)
+    if down or up:
+        parts.append(f"{wording.scaled(down, 'B')} sent to sites and {wording.scaled(up, 'B')} received")
+    return f"It took {listed(parts)}."
+
+
+def verdict(metrics: Metrics) -> list[str]:
+    """Say in plain words what a run achieved, for whom, and at what cost.
+
+    Args:
+        metrics: A run's numbers; its own `verdict` field is not read.
+
+    Returns:
+        Sentences, most important first.
+    """
+    ends = first_and_last(metrics)
+    said: list[str] = []
+    if ends is None:
+        said.append("No round was judged, so nothing is known about the images.")
+    else:
+        start, final = ends
+        said += fidelity_sentences(start, final)
+        best = best_round_sentence(metrics)
+        said += [best] if best else []
+        earlier = start.faithfulness if start.round != final.round else None
+        said += faithfulness_sentences(earlier, final.faithfulness)
+    said += privacy_sentences(metrics)
+    said += participation_sentences(metrics)
+    said.append(cost_sentence(metrics))
+    return said

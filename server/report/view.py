@@ -1,0 +1,351 @@
+"""What the templates show, prepared from the metrics: cards, charts, tables of finished text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from polyclinic.server.evaluation.estimate import Estimate
+from polyclinic.server.evaluation.probe import ConceptFaithfulness, Faithfulness
+from polyclinic.server.report import plots, wording
+from polyclinic.server.report.metrics import (
+    ADDITIVE,
+    UNIT_OF,
+    CostRow,
+    Metrics,
+    Quantity,
+    RoundFacts,
+    bytes_moved,
+    evaluated_rounds,
+    first_and_last,
+    total,
+    worst_epsilon,
+)
+from polyclinic.server.report.pictures import cut, spread
+from polyclinic.server.report.wording import number, percent
+
+ROUNDS_SHOWN, ROUNDS_SHOWN_NARROW, PROMPTS_SHOWN = 8, 4, 12
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A small bar: an interval, the start's value and the floor, each in percent of the bar's length."""
+
+    low: float
+    high: float
+    value: float
+    start: float | None
+    floor: float | None
+
+
+@dataclass(frozen=True)
+class Card:
+    """One of the numbers that matter."""
+
+    title: str
+    figure: str
+    lines: list[str]
+    unit: str = ""
+    alarm: bool = False
+    scale: Scale | None = None
+
+
+@dataclass(frozen=True)
+class SampleColumn:
+    """One round of the sample table; `narrow` columns are shown on a narrow screen too."""
+
+    round: int
+    label: str
+    narrow: bool
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One prompt with its pictures: data URIs, [round][draw]."""
+
+    prompt: str
+    cells: list[list[str]]
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """The same prompts and seeds at several rounds."""
+
+    columns: list[SampleColumn]
+    rows: list[SampleRow]
+    pixelated: bool
+    image_size: int
+
+    @property
+    def shown(self) -> list[SampleRow]:
+        """Rows that are open from the beginning."""
+        return self.rows[:PROMPTS_SHOWN]
+
+    @property
+    def folded(self) -> list[SampleRow]:
+        """Rows behind a fold."""
+        return self.rows[PROMPTS_SHOWN:]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One concept's chart with its words."""
+
+    title: str
+    line: str
+    chart: plots.Chart | None
+
+
+@dataclass(frozen=True)
+class CostLine:
+    """One line of the cost table."""
+
+    phase: str
+    where: str
+    quantity: str
+    actual: str = wording.DASH
+    source: str = ""
+    forecast: str = wording.DASH
+    forecast_source: str = ""
+    ratio: str = ""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A round in which something went missing."""
+
+    round: int
+    released: bool
+    lines: list[str] = field(default_factory=list)
+
+
+def round_name(facts: RoundFacts, last: int) -> str:
+    """Name a round as a column's head."""
+    if facts.round == 0:
+        return "start"
+    return f"round {facts.round}" + (" (last)" if facts.round == last else "")
+
+
+def scale_of(kid: Estimate, start: Estimate | None) -> Scale | None:
+    """Place a KID, its start and its floor on a bar from 0 to the largest of them."""
+    if kid.low is None or kid.high is None:
+        return None
+    top = 1.06 * max(kid.high, start.value if start else 0.0, kid.floor or 0.0)
+    if top <= 0:
+        return None
+
+    def at(value: float) -> float:
+        return round(min(100.0, max(0.0, 100 * value / top)), 2)
+
+    return Scale(
+        at(kid.low),
+        at(kid.high),
+        at(kid.value),
+        at(start.value) if start else None,
+        at(kid.floor) if kid.floor is not None else None,
+    )
+
+
+def floor_words(estimate: Estimate) -> str:
+    """Put an estimate beside its floor."""
+    if estimate.floor is None:
+        return "no floor measured"
+    text = f"floor {number(estimate.floor)}"
+    if estimate.ratio is not None and math.isfinite(estimate.ratio):
+        text += f", ratio {number(estimate.ratio, 2)}"
+    return text
+
+
+def sample_size(estimate: Estimate) -> str:
+    """State how many images and groups an estimate stands on."""
+    return f"{estimate.n:,} images, {estimate.groups:,} reference patients"
+
+
+def fidelity_card(metrics: Metrics) -> Card:
+    """The final KID, its interval, its floor and where it began."""
+    ends = first_and_last(metrics)
+    if ends is None or ends[1].fidelity is None or ends[0].fidelity is None:
+        return Card("Fidelity (KID)", wording.DASH, ["not measured"])
+    kid = ends[1].fidelity.kid
+    start = ends[0].fidelity.kid if ends[0].round != ends[1].round else None
+    interval = wording.interval(kid)
+    lines = [f"95 % interval {interval}" if interval else "no interval", floor_words(kid)]
+    if start is not None:
+        lines.append(f"{number(start.value)} at {'the start' if ends[0].round == 0 else f'round {ends[0].round}'}")
+    lines.append(sample_size(kid))
+    return Card("Fidelity (KID, lower is better)", number(kid.value), lines, scale=scale_of(kid, start))
+
+
+def epsilon_card(metrics: Metrics) -> Card:
+    """The largest epsilon over the sites, or the absence of any bound."""
+    epsilon = worst_epsilon(metrics)
+    title = "Privacy loss (epsilon)"
+    if epsilon is None or math.isinf(epsilon):
+        return Card(title, "∞" if epsilon else wording.DASH, ["no bound on what it reveals"], alarm=True)
+    lines = ["the largest over " + wording.count(len(metrics.sites), "site")]
+    deltas = [s.delta for s in metrics.sites if s.delta is not None]
+    if deltas:
+        lines.append(f"delta {wording.bound(max(deltas))}")
+    caps = [s.epsilon_cap for s in metrics.sites if s.epsilon_cap is not None]
+    if caps:
+        lines.append(f"sites allow {min(caps):g}" + (f" to {max(caps):g}" if len(set(caps)) > 1 else ""))
+    return Card(title, wording.bound(epsilon), [*lines, "for adding or removing one patient"])
+
+
+def cost_card(metrics: Metrics) -> Card:
+    """Compute first, then time, traffic and energy."""
+    down, up = bytes_moved(metrics)
+    lines = [f"{wording.seconds(metrics.seconds_total)} from start to end"]
+    lines += [f"{wording.scaled(down, 'B')} down, {wording.scaled(up, 'B')} up"] if down or up else []
+    joules = total(metrics.cost, "energy")
+    if joules:
+        sources = sorted({row.source for row in metrics.cost if row.quantity == "energy"})
+        lines.append(f"{wording.energy(joules)} ({wording.listed(sources)})")
+    options: tuple[Quantity, ...] = ("GPU time", "CPU time")
+    for name in options:
+        value = total(metrics.cost, name)
+        if value:
+            figure, _, unit = wording.seconds(value).rpartition(" ")
+            return Card(f"Cost ({name})", figure, lines, unit=unit)
+    figure, _, unit = wording.seconds(metrics.seconds_total).rpartition(" ")
+    return Card("Cost (wall time)", figure, lines[1:] or ["nothing else was measured"], unit=unit)
+
+
+def sample_table(run_dir: Path, metrics: Metrics, rounds_shown: int = ROUNDS_SHOWN) -> SampleTable | None:
+    """Cut the pictures of some rounds, the first and last among them, for every prompt."""
+    drawn = {r.round: r for r in metrics.rounds if r.samples is not None}
+    if not drawn:
+        return None
+    chosen = spread(sorted(drawn), rounds_shown)
+    narrow = set(spread(chosen, ROUNDS_SHOWN_NARROW))
+    sheets = [sheet for n in chosen if (sheet := drawn[n].samples) is not None]
+    draws = 2 if len(chosen) > 1 else 6
+    pictures = [cut(run_dir, sheet, draws) for sheet in sheets]
+    rows = []
+    for i in range(max(len(p) for p in pictures)):
+        prompt = metrics.prompts[i] if i < len(metrics.prompts) else f"prompt {i + 1}"
+        rows.append(SampleRow(prompt, [p[i] if i < len(p) else [] for p in pictures]))
+    size = sheets[-1].image_size
+    columns = [SampleColumn(n, round_name(drawn[n], chosen[-1]), n in narrow) for n in chosen]
+    return SampleTable(columns, rows, size < 128, size)
+
+
+def distance_series(metrics: Metrics, name: str) -> plots.Series:
+    """A distance over the judged rounds with intervals and floors."""
+    judged = evaluated_rounds(metrics)
+    found: list[Estimate] = [getattr(r.fidelity, name) for r in judged]
+    return plots.Series(
+        name,
+        [r.round for r in judged],
+        [e.value for e in found],
+        [e.low for e in found],
+        [e.high for e in found],
+        [e.floor for e in found],
+    )
+
+
+def fidelity_charts(metrics: Metrics) -> list[plots.Chart]:
+    """KID and Frechet distance over rounds; a single judged round needs no chart."""
+    if len(evaluated_rounds(metrics)) < 2:
+        return []
+    pairs = (("KID", "kid"), ("Frechet distance", "frechet"))
+    return [plots.distance_over_rounds(words, distance_series(metrics, name)) for words, name in pairs]
+
+
+def concept_panel(title: str, found: list[tuple[int, Estimate]], row: ConceptFaithfulness, salt: str) -> Panel:
+    """One concept's words, and its chart where there is more than one round."""
+    last = found[-1][1]
+    interval = wording.percent_interval(last)
+    line = percent(last.value) + (f" ({interval})" if interval else "")
+    line += f", chance {percent(row.chance)}" + (f", real {percent(row.real.value)}" if row.real else "")
+    if len(found) < 2:
+        return Panel(title, line, None)
+    series = plots.Series(
+        title,
+        [n for n, _ in found],
+        [e.value for _, e in found],
+        [e.low for _, e in found],
+        [e.high for _, e in found],
+    )
+    real = row.real.value if row.real else None
+    return Panel(title, line, plots.share_over_rounds(series, row.chance, real, salt))
+
+
+def faithfulness_panels(metrics: Metrics) -> list[Panel]:
+    """The overall panel first, then one for each concept of the last judged round."""
+    judged: list[tuple[int, Faithfulness]] = [
+        (r.round, r.faithfulness) for r in metrics.rounds if r.faithfulness is not None
+    ]
+    if not judged:
+        return []
+    last = judged[-1][1]
+    whole = [(n, f.overall.accuracy) for n, f in judged]
+    panels = [concept_panel("all concepts", whole, last.overall, "overall")]
+    for i, row in enumerate(last.rows):
+        found = [(n, r.accuracy) for n, f in judged for r in f.rows if r.concept == row.concept]
+        panels.append(concept_panel(row.concept, found, row, f"concept {i}"))
+    return panels
+
+
+def epsilon_chart(metrics: Metrics) -> plots.Chart | None:
+    """Epsilon of each site over rounds with its cap; None where nothing finite was spent."""
+    lines = []
+    for site in metrics.sites:
+        spent = [(r.round, e) for r in metrics.rounds if plots.finite(e := r.epsilon.get(site.name))]
+        if spent:
+            # Before its first round a site has spent nothing on this study.
+            spent = spent if spent[0][0] == 0 else [(0, 0.0), *spent]
+            lines.append(plots.Series(site.name, [n for n, _ in spent], [e for _, e in spent if e is not None]))
+    if not lines or not metrics.private:
+        return None
+    drawn = {line.label for line in lines}
+    caps = {s.name: s.epsilon_cap for s in metrics.sites if s.name in drawn and s.epsilon_cap is not None}
+    return plots.epsilon_over_rounds(lines, caps)
+
+
+def cost_lines(metrics: Metrics) -> list[CostLine]:
+    """Every figure with its source, its forecast beside it; forecasts that nothing met come last."""
+
+    def key(row: CostRow) -> tuple[str, str, str]:
+        return row.phase, row.where, row.quantity
+
+    forecast = {key(row): row for row in metrics.forecast}
+    lines = []
+    for row in metrics.cost:
+        expected = forecast.pop(key(row), None)
+        line = CostLine(row.phase, row.where, row.quantity, wording.cost(row), row.source)
+        if expected is not None:
+            ratio = f"{number(row.value / expected.value, 2)} x" if expected.value > 0 else ""
+            line = CostLine(
+                row.phase, row.where, row.quantity, wording.cost(row), row.source,
+                wording.cost(expected), expected.source, ratio,
+            )  # fmt: skip
+        lines.append(line)
+    for row in forecast.values():
+        lines.append(
+            CostLine(row.phase, row.where, row.quantity, forecast=wording.cost(row), forecast_source=row.source)
+        )
+    return lines
+
+
+def cost_totals(metrics: Metrics) -> list[tuple[str, str, str]]:
+    """Quantity, total and sources of every quantity that adds up."""
+    totals = []
+    for name in ADDITIVE:
+        value = total(metrics.cost, name)
+        if value is not None:
+            sources = sorted({row.source for row in metrics.cost if row.quantity == name})
+            totals.append((name, wording.quantity(value, UNIT_OF[name]), wording.listed(sources)))
+    return totals
+
+
+def events(metrics: Metrics) -> list[Event]:
+    """Rounds with refusals, absences or no release."""
+    found = []
+    for r in metrics.rounds:
+        lines = [f"{site} refused: {why.removeprefix('refused ')}" for site, why in r.refused.items()]
+        lines += [f"no reply in time from {wording.listed(r.absent, 20)}"] if r.absent else []
+        if lines or (r.round > 0 and not r.released):
+            found.append(Event(r.round, r.released, lines))
+    return found

@@ -1,0 +1,160 @@
+"""A made-up run for the report's tests: numbers of a believable shape and drawn pictures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from polyclinic.server.evaluation.estimate import Estimate, Fidelity
+from polyclinic.server.evaluation.probe import ConceptFaithfulness, Faithfulness
+from polyclinic.server.report.metrics import CostRow, Metrics, RoundFacts, SampleSheet, SiteFacts, StudyFacts
+
+PROMPTS = [
+    "Generate an image with a polyp, no instrument and a green/black box artefact.",
+    "Generate an image with no polyp and no instrument.",
+    "Generate an image containing a polyp.",
+    "Generate an image with an instrument.",
+    "Generate an image with a polyp of size 5-10mm in the upper-left.",
+]
+SITES = {"north": 400, "coast": 400, "valley": 380}
+
+
+def estimate(value: float, half: float, floor: float | None = None, note: str = "") -> Estimate:
+    """An estimate with a symmetric interval."""
+    ratio = value / floor if floor else None
+    return Estimate(
+        value=value, low=value - half, high=value + half, interval="95 %, jackknife over patients",
+        n=320, groups=96, floor=floor, ratio=ratio, note=note,
+    )  # fmt: skip
+
+
+def fidelity(kid: float, half: float = 0.009) -> Fidelity:
+    """A fidelity with a KID of this value."""
+    return Fidelity(
+        extractor="EfficientNet-Lite0",
+        preprocessing="resized to 128 px, bicubic",
+        protocol="polyclinic-fidelity-1",
+        kid=estimate(kid, half, 0.0061),
+        frechet=estimate(900 * kid + 110, 12, 131.0),
+        warnings=["Measured on 320 images a side; below 500 the intervals are wide."],
+    )
+
+
+def faithfulness(polyp: float, instrument: float, overlay: float) -> Faithfulness:
+    """Three concepts of these accuracies."""
+    values = {"polyp": polyp, "instrument": instrument, "overlay": overlay}
+    ceilings = {"polyp": 0.93, "instrument": 0.97, "overlay": 0.99}
+    rows = [
+        ConceptFaithfulness(
+            concept=name, counts={"yes": 160, "no": 160}, accuracy=estimate(value, 0.05),
+            real=estimate(ceilings[name], 0.02), chance=0.5,
+        )
+        for name, value in values.items()
+    ]  # fmt: skip
+    mean = sum(values.values()) / 3
+    overall = ConceptFaithfulness(
+        concept="overall", counts={}, accuracy=estimate(mean, 0.035), real=estimate(0.963, 0.012), chance=0.5
+    )
+    return Faithfulness(rows=rows, overall=overall, protocol="polyclinic-faithfulness-1", warnings=[])
+
+
+def picture(rng: np.random.Generator, clarity: float, prompt: int, size: int) -> Image.Image:
+    """A drawing of a lumen, clearer with training."""
+    big = Image.new("RGB", (128, 128), (20, 8, 8))
+    pen = ImageDraw.Draw(big)
+    pen.ellipse((4, 4, 124, 124), fill=(190, 96, 84))
+    for ring in range(5):
+        inset = 14 + 10 * ring
+        pen.ellipse((inset, inset + 4, 128 - inset, 124 - inset), fill=(170 - 30 * ring, 80 - 15 * ring, 70 - 12 * ring))
+    if prompt in (0, 2, 4):
+        x, y = rng.integers(20, 70, 2)
+        pen.ellipse((x, y, x + 36, y + 32), fill=(226, 120, 118))
+    if prompt == 3:
+        pen.line((128, 110, 70, 70), fill=(150, 160, 175), width=14)
+    if prompt == 0:
+        pen.rectangle((4, 92, 40, 122), fill=(10, 90, 40))
+    noise = Image.fromarray(rng.integers(0, 255, (128, 128, 3), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(3))
+    return Image.blend(noise, big, clarity).resize((size, size), Image.Resampling.LANCZOS)
+
+
+def write_sheet(run_dir: Path, number: int, clarity: float, size: int = 64, columns: int = 3) -> SampleSheet:
+    """Draw a sheet of pictures into the run directory."""
+    sheet = Image.new("RGB", (columns * size, len(PROMPTS) * size))
+    for row in range(len(PROMPTS)):
+        for column in range(columns):
+            rng = np.random.default_rng([row, column])
+            sheet.paste(picture(rng, clarity, row, size), (column * size, row * size))
+    path = Path("samples") / f"round-{number:03d}.png"
+    (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+    sheet.save(run_dir / path)
+    return SampleSheet(path=str(path), rows=len(PROMPTS), columns=columns, image_size=size)
+
+
+def fake_run(
+    run_dir: Path, *, private: bool = True, last: int = 12, final_kid: float = 0.043, name: str = "phantom-demo-dp",
+    title: str = "Colonoscopy phantoms at three sites: federated, private",
+) -> Metrics:  # fmt: skip
+    """A run of `last` rounds whose KID moves from 0.152 to `final_kid`; its sheets are drawn."""
+    rounds = []
+    for number in range(last + 1):
+        share = 1 - math.exp(-3.2 * number / last)
+        share /= 1 - math.exp(-3.2)
+        judged = number % 2 == 0 or number == last
+        epsilon = {s: 0.4 * (number > 0) + (7.4 - 0.5 * i) * math.sqrt(number / last) for i, s in enumerate(SITES)}
+        missing = {"valley"} if number == 5 else set()
+        refused = {"coast": "refused [1013 site-not-ready]: the site's cache or snapshot is not there"}
+        rounds.append(
+            RoundFacts(
+                round=number,
+                released=True,
+                epsilon={s: e if private else math.inf for s, e in epsilon.items()} if number else {},
+                replied=[s for s in SITES if s not in missing] if number else [],
+                refused=refused if number == 8 else {},
+                absent=sorted(missing),
+                bytes_down=3 * 17_400_000 * (number > 0),
+                bytes_up=3 * 17_400_000 * (number > 0),
+                seconds=16.0 * (number > 0),
+                evaluated=judged,
+                fidelity=fidelity(0.152 + (final_kid - 0.152) * share) if judged else None,
+                faithfulness=faithfulness(0.51 + 0.2 * share, 0.53 + 0.3 * share, 0.5 + 0.04 * share) if judged else None,
+                samples=write_sheet(run_dir, number, 0.1 + 0.85 * share) if judged else None,
+            )
+        )
+    sites = [
+        SiteFacts(
+            name=s, declared_patients=n, epsilon=rounds[-1].epsilon[s], delta=1e-5 if private else None,
+            epsilon_cap=8.0, sigma=1.37 if private else None, rounds_answered=last - (s == "valley"),
+            rounds_absent=int(s == "valley"), refusals=[],
+        )
+        for s, n in SITES.items()
+    ]  # fmt: skip
+    cost = [
+        CostRow(phase="preparation", where="all sites", quantity="CPU time", value=38.4, unit="s", source="measured"),
+        CostRow(phase="training", where="all sites", quantity="CPU time", value=311 if private else 262, unit="s", source="measured"),
+        CostRow(phase="training", where="all sites", quantity="FLOPs", value=3.1e13, unit="FLOP", source="counted"),
+        CostRow(phase="training", where="all sites", quantity="energy", value=3110, unit="J", source="estimated"),
+        CostRow(phase="training", where="all sites", quantity="peak memory", value=1.42e9, unit="B", source="sampled"),
+        CostRow(phase="evaluation", where="server", quantity="CPU time", value=96.2, unit="s", source="measured"),
+        CostRow(phase="evaluation", where="server", quantity="energy", value=962, unit="J", source="estimated"),
+    ]  # fmt: skip
+    forecast = [
+        CostRow(phase="training", where="all sites", quantity="FLOPs", value=3.0e13, unit="FLOP", source="counted"),
+        CostRow(phase="training", where="all sites", quantity="CPU time", value=280, unit="s", source="estimated"),
+        CostRow(phase="evaluation", where="server", quantity="disk", value=4.1e7, unit="B", source="estimated"),
+    ]
+    return Metrics(
+        study=StudyFacts(
+            name=name, title=title, resolved_hash="6f3a" * 16, base_hash="b01d" * 16,
+            generator="MSDM, size msdm-tiny", trainable_parameters=4_350_000, image_size=64,
+        ),
+        simulated=True, private=private, created="2025-11-22", code_version="0.1.0", sites=sites, rounds=rounds,
+        cost=cost, forecast=forecast, prompts=PROMPTS,
+        guarantee=["For each site, (epsilon, delta)-differential privacy for adding or removing one patient."] * private,
+        not_covered=["A patient in two hospitals: the epsilons add.", "Reply timing and participation.",
+                     "The public reference's patients."],
+        study_json={"name": name, "privacy": {"enabled": private, "epsilon": 8.0}, "training": {"rounds": last}},
+        seconds_total=334.0,
+    )  # fmt: skip
