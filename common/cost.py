@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from polyclinic.common.energy import EnergyReader
 from polyclinic.common.files import naming_full_disk, sync_folder, write_fully
+from polyclinic.common.generators.base import Family
 from polyclinic.common.refusals import BadInput
 
 # ---------------------------------------------------------------- FLOPs
@@ -61,6 +62,14 @@ _ATTENTION = {
     _aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
     _aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,
 }
+
+
+def view_flops(family: Family) -> int:
+    """Forward and backward operations of one view, on synthetic inputs of public shapes."""
+    views = family.synthetic_views(1)
+    count = count_flops(lambda: family.view_losses(views).sum().backward())
+    family.module.zero_grad()
+    return count
 
 
 def count_flops(fn: Callable[[], object]) -> int:

@@ -8,10 +8,11 @@ own hash names the run.
 from __future__ import annotations
 
 import hashlib
+import math
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -24,7 +25,8 @@ CODE_VERSION = "0.1.0"
 class Section(BaseModel):
     """A table of the study file: unknown fields are refused, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Infinity and NaN are floats to TOML, but no setting means anything with them.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PhantomSettings(Section):
@@ -47,10 +49,17 @@ class DataSettings(Section):
     phantoms: PhantomSettings = PhantomSettings()
 
 
+# Group normalisation in the VAE has 16 groups.
+Width = Annotated[int, Field(ge=16, multiple_of=16)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class VaeTraining(Section):
     """`polyclinic-server pretrain vae`: an AutoencoderKL of factor 8 on the reference's pretrain part."""
 
-    widths: tuple[int, int, int, int] = Field((64, 128, 256, 512), description="channels at each of the 4 levels")
+    widths: tuple[Width, Width, Width, Width] = Field(
+        (64, 128, 256, 512), description="channels at each of the 4 levels"
+    )
     layers_per_block: int = Field(1, ge=1, le=3)
     latent_channels: int = Field(8, ge=1, le=32)
     steps: int = Field(2000, ge=1, description="optimizer steps")
@@ -113,6 +122,9 @@ class PrivacySettings(Section):
     clip: float = Field(1.0, gt=0, description="bound C on a patient's gradient norm")
     sampling_rate: float = Field(0.1, gt=0, le=1, description="chance q of a patient to be in a step")
     views: int = Field(4, ge=1, le=64, description="draws K of (image, caption, noise, timestep) a patient")
+    learning_rate: float | None = Field(
+        None, gt=0, description="AdamW's peak rate in private steps; default: training.learning_rate"
+    )
     engine: Literal["vmap", "loop"] = Field("vmap", description="how per-patient gradients are computed")
     micro_batch: int = Field(8, ge=1, description="patients whose gradients are held at once")
 
@@ -124,7 +136,7 @@ class TrainingSettings(Section):
     steps_per_round: int = Field(20, ge=1, description="DP-SGD steps a site takes in a round")
     learning_rate: float = Field(1e-4, gt=0, description="AdamW; a function of the global step")
     schedule: Literal["constant", "cosine"] = "constant"
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decays a step of AdamW's two averages")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping of non-private steps")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
@@ -144,6 +156,14 @@ class FederationSettings(Section):
     weights: dict[str, float] | Literal["equal"] = Field("equal", description="public weights by site name")
     server_learning_rate: float = Field(1.0, gt=0, description="factor on the mean difference")
     ema: float = Field(0.0, ge=0, lt=1, description="decay a round of the averaged weights that are judged")
+
+    @model_validator(mode="after")
+    def _weights_above_zero(self) -> FederationSettings:
+        if isinstance(self.weights, dict):
+            for site, weight in self.weights.items():
+                if weight <= 0:
+                    raise ValueError(f"weights.{site} = {weight:g} must be above 0")
+        return self
 
 
 class ReferenceSettings(Section):
@@ -204,7 +224,9 @@ class SimulatedSite(Section):
 class SimulationSettings(Section):
     """How one machine plays a federation."""
 
-    split: Literal["site", "dirichlet"] = "site"
+    split: Literal["site", "dirichlet", "pooled"] = Field(
+        "site", description="by the table's site column, by skewed labels, or all patients at one site"
+    )
     dirichlet_alpha: float = Field(1.0, gt=0)
     dirichlet_label: str | None = Field(None, description="label column the Dirichlet split skews")
     sites: dict[str, SimulatedSite] = Field(min_length=1)
@@ -214,7 +236,7 @@ class Study(Section):
     """A whole study."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")
-    title: str = ""
+    title: str = Field("", description="what the report is headed with")
     departures: tuple[str, ...] = Field((), description="where and why it departs from the released MSDM")
     data: DataSettings = DataSettings()
     generator: GeneratorSettings = GeneratorSettings()
@@ -229,6 +251,11 @@ class Study(Section):
     def _coherent(self) -> Study:
         if self.training.test_key is not None and self.privacy.enabled:
             raise ValueError("training.test_key fixes the randomness: allowed only with privacy.enabled = false")
+        if self.generator.train == "attention" and self.generator.warm_start == "none":
+            # The output layer starts at zero; frozen there, the generator could never learn anything.
+            raise ValueError(
+                'generator.train = "attention" needs a generator.warm_start: what is frozen would stay untrained'
+            )
         if self.federation.quorum and self.federation.quorum < self.federation.min_sites:
             raise ValueError("federation.quorum must be at least federation.min_sites")
         if self.simulation:
@@ -243,6 +270,8 @@ class Study(Section):
                         f"privacy.delta must be at most 1/(10 x {site.declared_patients}) for site {name}: "
                         f"write {1 / (10 * site.declared_patients):.1e} or less"
                     )
+            if self.simulation.split == "pooled" and len(names) != 1:
+                raise ValueError('simulation.split = "pooled" needs exactly one site')
             if self.simulation.split == "dirichlet" and not self.simulation.dirichlet_label:
                 raise ValueError("simulation.dirichlet_label is needed for a Dirichlet split")
         asked = {name for prompt in self.evaluation.prompts for name in prompt.labels}
@@ -257,11 +286,12 @@ class Study(Section):
 
     def learning_rate(self, step: int) -> float:
         """Learning rate at a global step in [0, total_steps)."""
+        peak = self.training.learning_rate
+        if self.privacy.enabled and self.privacy.learning_rate is not None:
+            peak = self.privacy.learning_rate
         if self.training.schedule == "constant":
-            return self.training.learning_rate
-        from math import cos, pi
-
-        return self.training.learning_rate * 0.5 * (1 + cos(pi * step / self.total_steps))
+            return peak
+        return peak * 0.5 * (1 + math.cos(math.pi * step / self.total_steps))
 
 
 class Resolved(Section):
@@ -298,7 +328,10 @@ def load_study(source: str | Path) -> Study:
     """
     path = Path(source)
     if path.is_file():
-        text, name = path.read_text(encoding="utf-8"), str(path)
+        try:
+            text, name = path.read_text(encoding="utf-8-sig"), str(path)
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{path}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
     else:
         packaged = resources.files("polyclinic.common") / "no-studies"
         for package in ("polyclinic.simulation",):
@@ -331,7 +364,7 @@ def parse_study(values: dict[str, Any], name: str) -> Study:
 def explain(error: ValidationError) -> str:
     """Turn pydantic's first error into one sentence that names the field and the fix."""
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"]) or "study"
+    field = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         return f"unknown field `{field}`; remove it or correct its spelling{more}"
@@ -339,4 +372,6 @@ def explain(error: ValidationError) -> str:
         return f"field `{field}` is missing; add it{more}"
     message = first["msg"].removeprefix("Value error, ")
     given = "" if isinstance(first["input"], dict) else f", not {first['input']!r}"
+    if not field:
+        return f"{message}{more}"  # a rule between fields: its message names them
     return f"field `{field}`: {message[0].lower()}{message[1:]}{given}{more}"

@@ -31,31 +31,37 @@ def read_folder(folder: Path, table: str = "images.csv", *, unit: str = "patient
     path = folder / table
     if not path.is_file():
         raise BadInput(f"{path}: no such file; the data folder needs a CSV with columns image, caption, patient")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        for column in (*REQUIRED, *(["patient"] if unit == "patient" else [])):
-            if column not in columns:
-                hint = "; or set data.unit = \"image\" in the study" if column == "patient" else ""
-                raise BadInput(f"{path}: column `{column}` is missing; add it to the header{hint}")
-        rows = list(reader)
-    captions: dict[str, list[str]] = {}
-    first: dict[str, tuple[int, dict[str, str]]] = {}
-    for number, row in enumerate(rows, start=2):
+    columns, rows = _read_rows(path)
+    for column in (*REQUIRED, *(["patient"] if unit == "patient" else [])):
+        if column not in columns:
+            hint = '; or set data.unit = "image" in the study' if column == "patient" else ""
+            raise BadInput(f"{path}: column `{column}` is missing; add it to the header{hint}")
+    inside = folder.resolve()
+    captions: dict[Path, list[str]] = {}
+    first: dict[Path, tuple[int, dict[str, str]]] = {}
+    for number, row in rows:
         image = row["image"]
-        if not (row["caption"] or "").strip():
+        if not image:
+            raise BadInput(f"{path}, row {number}: the image is empty; name its file or remove the row")
+        if not row["caption"]:
             raise BadInput(f"{path}, row {number}: the caption of {image} is empty; write one or remove the row")
-        known = first.setdefault(image, (number, row))[1]
+        # One file has one patient and one site, however its path is written.
+        file_path = (folder / image).resolve()
+        known = first.setdefault(file_path, (number, row))[1]
         if unit == "patient" and known["patient"] != row["patient"]:
             raise BadInput(
                 f"{path}, row {number}: image {image} belongs to patients {known['patient']} and "
                 f"{row['patient']}; an image has one patient"
             )
-        captions.setdefault(image, []).append(row["caption"].strip())
-    inside = folder.resolve()
+        if known.get("site", "") != row.get("site", ""):
+            raise BadInput(
+                f"{path}, row {number}: image {image} is on two sites, {known['site']} and {row['site']}; "
+                "give each patient one site"
+            )
+        captions.setdefault(file_path, []).append(row["caption"])
     records: list[Record] = []
-    for image, (number, row) in first.items():
-        file_path = (folder / image).resolve()
+    for file_path, (number, row) in first.items():
+        image = row["image"]
         if not file_path.is_file():
             raise BadInput(
                 f"{path}, row {number}: a caption without its image: {image} is not in {folder}; "
@@ -63,17 +69,34 @@ def read_folder(folder: Path, table: str = "images.csv", *, unit: str = "patient
             )
         if inside not in file_path.parents:
             raise BadInput(f"{path}, row {number}: {image} lies outside {folder}; copy it into the folder")
-        labels = {
-            k: v for k, v in row.items() if k not in ("image", "caption", "patient", "site") and isinstance(v, str)
-        }
+        labels = {k: v for k, v in row.items() if k not in ("image", "caption", "patient", "site")}
         patient = row["patient"] if unit == "patient" else image
         if not patient:
             raise BadInput(f"{path}, row {number}: the patient of {image} is empty; fill it in")
-        records.append(Record(patient, file_path, tuple(captions[image]), row.get("site") or None, labels))
+        records.append(Record(patient, file_path, tuple(captions[file_path]), row.get("site") or None, labels))
     if not records:
         raise BadInput(f"{path}: has no rows; add at least one image")
     one_site_each(records, str(path))
     return records
+
+
+def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Read a CSV: its columns, and each row with the line it ends on; cells without outer spaces.
+
+    A patient id with a stray space must not become a second patient.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="")
+            rows = [
+                (reader.line_num, {key: cell.strip() for key, cell in row.items() if isinstance(cell, str)})
+                for row in reader
+            ]
+            return list(reader.fieldnames or []), rows
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 text ({error.reason}); save the table as UTF-8") from error
+    except csv.Error as error:
+        raise BadInput(f"{path}: not a CSV table ({error}); write it again as comma-separated text") from error
 
 
 def one_site_each(records: list[Record], source: str) -> None:

@@ -76,6 +76,10 @@ class Family(Protocol):
         """Loss of each view, shape `[B]`, differentiable in the trainable parameters."""
         ...
 
+    def synthetic_views(self, count: int) -> Views:
+        """Views of the cached shapes that show nobody: for counting operations and for self-tests."""
+        ...
+
     def pipeline(self) -> Any:
         """Assemble the diffusers pipeline around the current weights."""
         ...
@@ -115,14 +119,14 @@ def in_batches(items: list[Any], size: int) -> Iterable[list[Any]]:
 
 
 def load_family(
-    settings: GeneratorSettings, image_size: int, vae: Path, *, device: str = "cpu", encoders: bool = True
+    settings: GeneratorSettings, image_size: int, vae: Path | None, *, device: str = "cpu", encoders: bool = True
 ) -> Family:
     """Load a generator with its public base.
 
     Args:
         settings: The study's generator table.
         image_size: Pixels a side.
-        vae: Folder of the frozen autoencoder.
+        vae: Folder of the frozen autoencoder; None where it is not there yet: enough to count operations.
         device: Where it lives.
         encoders: False leaves VAE and text encoder on disk: training reads the cache instead.
     """

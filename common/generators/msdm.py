@@ -11,6 +11,8 @@ Built on diffusers' UNet2DConditionModel and exported as a StableDiffusionPipeli
   the batch it stands in (PRIVACY.md, rule 1).
 * No colour jitter and no flips: preprocessing is deterministic, so that latents are cached once.
 * The text encoder is a setting; the released code used CLIP ViT-L/14.
+* 406.5 M parameters instead of 326.5 M at the released widths: diffusers' transformer blocks hold a
+  feed-forward part at every attention, 95 M together.
 
 `msdm-small` and `msdm-tiny` are the same design, narrower and shallower; they are ours.
 """
@@ -38,7 +40,7 @@ VAE_FACTOR = 8
 # Widths by level, residual blocks a level, key/value width, heads, GroupNorm groups.
 SIZES: dict[str, tuple[tuple[int, ...], int, int, int, int]] = {
     "msdm": ((256, 512, 1024), 2, 1024, 8, 32),
-    "msdm-small": ((128, 256, 320), 2, 320, 8, 32),
+    "msdm-small": ((128, 224, 256), 2, 320, 8, 32),
     "msdm-tiny": ((64, 112), 1, 128, 4, 16),
 }
 
@@ -96,7 +98,7 @@ class Msdm:
         self,
         settings: GeneratorSettings,
         image_size: int,
-        vae: Path,
+        vae: Path | None,
         *,
         device: str = "cpu",
         encoders: bool = True,
@@ -106,7 +108,7 @@ class Msdm:
 
         self.settings, self.device = settings, device
         text = resolve(settings.text_encoder, settings.text_encoder_revision, "generator.text_encoder")
-        if encoders:
+        if encoders and vae is not None:
             self.base_hash = hash_base(vae, text, settings.max_tokens)
             self.vae = AutoencoderKL.from_pretrained(vae, use_safetensors=True, low_cpu_mem_usage=False).to(device)
             self.tokenizer = AutoTokenizer.from_pretrained(text, model_max_length=settings.max_tokens)
@@ -115,11 +117,15 @@ class Msdm:
             self.text_encoder.config.use_attention_mask = True
             for frozen in (self.vae, self.text_encoder):
                 frozen.requires_grad_(False).eval()
-        vae_config = AutoencoderKL.load_config(vae)
-        channels = int(vae_config["latent_channels"])
-        self.scaling = float(vae_config["scaling_factor"])
+        channels, self.scaling = settings.vae_training.latent_channels, 1.0
+        if vae is not None:
+            vae_config = AutoencoderKL.load_config(vae)
+            channels, self.scaling = int(vae_config["latent_channels"]), float(vae_config["scaling_factor"])
         width = int(AutoConfig.from_pretrained(text).hidden_size)
-        with torch.random.fork_rng(devices=[]):
+        # On the meta device nothing is allocated, so that a model that does not fit can be counted; elsewhere
+        # the start is drawn on the CPU and is the same for every device.
+        place = torch.device("meta" if device == "meta" else "cpu")
+        with torch.random.fork_rng(devices=[]), place:
             torch.manual_seed(settings.init_seed)
             self.module = build_unet(settings, image_size // VAE_FACTOR, channels, width).to(device)
         train_only(self.module, settings.train)
@@ -170,6 +176,18 @@ class Msdm:
             loss = loss * snr.clamp(max=self.settings.snr_gamma) / (snr + 1 if v else snr)
         return loss
 
+    def synthetic_views(self, count: int) -> Views:
+        """Views of the cached shapes that show nobody: for counting operations and for self-tests."""
+        config, device = self.module.config, self.device
+        latent = torch.ones(count, config.in_channels, config.sample_size, config.sample_size, device=device)
+        states = torch.ones(count, self.settings.max_tokens, config.encoder_hid_dim, device=device)
+        return Views(
+            {"mean": latent, "std": latent},
+            {"states": states},
+            torch.stack([latent, latent], 1),
+            torch.full((count,), 0.5, device=device),
+        )
+
     def scheduler(self) -> Any:
         """DDIM over the training's own noise schedule."""
         from diffusers import DDIMScheduler
@@ -183,6 +201,7 @@ class Msdm:
             clip_sample=False,
             set_alpha_to_one=True,
             timestep_spacing="trailing",
+            steps_offset=1,  # what StableDiffusionPipeline wants; no effect with trailing steps
         )
 
     def pipeline(self) -> Any:

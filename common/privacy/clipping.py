@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polyclinic.common.generators.base import Family, Tensors, Views, trainable
 
@@ -87,7 +88,9 @@ def vmap_sum(family: Family, views: Views, clip: float, micro_batch: int) -> Ten
     many = vmap(one, in_dims=(None, 0))
     sums = _zeros(family)
     for part in _micro_batches(views, micro_batch):
-        gradients = many(parameters, part)
+        # The fused attention kernels have no batching rule; the plain formula has.
+        with sdpa_kernel(SDPBackend.MATH):
+            gradients = many(parameters, part)
         _accumulate(sums, {name.removeprefix("module."): g for name, g in gradients.items()}, clip)
     return sums
 

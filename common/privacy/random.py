@@ -72,14 +72,20 @@ class Stream:
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
     def protective_normal(self, shape: torch.Size | tuple[int, ...], std: float) -> Tensor:
-        """Gaussian noise that protects patients: sum of four draws, halved, in float64, then fp32.
+        """Gaussian noise that protects patients: sum of four draws, halved.
+
+        It stays in float64 until it is added: noise already rounded to fp32 would tell a sum of zero from
+        any other by the low bits of the result, which is what the four draws defend against.
 
         Args:
             shape: Shape of the tensor.
             std: Standard deviation.
+
+        Returns:
+            Float64 tensor on the CPU.
         """
         count = math.prod(shape)
-        out = np.empty(count, dtype=np.float32)
+        out = np.empty(count, dtype=np.float64)
         for start in range(0, count, _BLOCK):
             size = min(_BLOCK, count - start)
             out[start : start + size] = sum(self.normal(size) for _ in range(4)) * (0.5 * std)

@@ -16,7 +16,7 @@ from polyclinic.server.report.metrics import (
     worst_epsilon,
 )
 from polyclinic.server.report.verdict import order, written, written_share
-from polyclinic.server.report.wording import arm_names, bound, listed, number, quantity, scaled
+from polyclinic.server.report.wording import arm_names, bound, listed, number, quantity
 
 # Evaluation is the same for every arm, so it would only blur a comparison of compute.
 LEARNING: tuple[Phase, ...] = ("pretraining", "preparation", "training", "aggregation")
@@ -49,7 +49,12 @@ def compute(arms: list[Metrics]) -> tuple[Quantity, str, list[float | None]]:
 
 
 def winner(
-    names: list[str], values: list[Estimate | None], *, lowest: bool, subject: str, write: Callable[[Estimate], str]
+    names: list[str],
+    values: list[Estimate | None],
+    *,
+    lowest: bool,
+    subject: str,
+    write: Callable[[Estimate], str],
 ) -> str | None:
     """Name the best arm by an estimate, and those that cannot be told apart from it."""
     known = [(name, value) for name, value in zip(names, values, strict=True) if value is not None]
@@ -74,7 +79,9 @@ def price_of_privacy(names: list[str], arms: list[Metrics]) -> str | None:
     bare, bare_name = min(open_, key=lambda pair: pair[0].value)
     side = order(guarded, bare)
     if side == "overlapping":
-        return f"The price of privacy does not show in KID: {guarded_name} and {bare_name} have overlapping intervals."
+        return (
+            f"The price of privacy does not show in KID: intervals of {guarded_name} and {bare_name} overlap."
+        )
     if side == "unknown":
         return None
     if side == "below":
@@ -94,12 +101,12 @@ def cheapest(names: list[str], values: list[float | None], unit: str, subject: s
     known.sort()
     low, high = known[0], known[-1]
 
-    def write(value: float) -> str:
-        return scaled(value, "B") if unit == "B" else quantity(value, unit)
-
-    if high[0] <= 1.05 * low[0]:
-        return f"{subject}: the arms are within 5 % of each other, about {write(low[0])}."
-    return f"{subject}: {low[1]} is the cheapest with {write(low[0])}; {high[1]} took the most, {write(high[0])}."
+    near = [name for value, name in known if value <= 1.05 * low[0]]
+    if len(near) == len(known):
+        return f"{subject}: the arms are within 5 % of each other, about {quantity(low[0], unit)}."
+    verb = "is the cheapest" if len(near) == 1 else "are the cheapest, within 5 % of each other,"
+    most = f"{high[1]} took the most, {quantity(high[0], unit)}"
+    return f"{subject}: {listed(near)} {verb} with {quantity(low[0], unit)}; {most}."
 
 
 def comparison_verdict(arms: list[Metrics]) -> list[str]:
@@ -113,7 +120,13 @@ def comparison_verdict(arms: list[Metrics]) -> list[str]:
     """
     names = arm_names(arms)
     said = [
-        winner(names, [final_kid(a) for a in arms], lowest=True, subject="Fidelity", write=lambda e: f"KID {written(e)}"),
+        winner(
+            names,
+            [final_kid(a) for a in arms],
+            lowest=True,
+            subject="Fidelity",
+            write=lambda e: f"KID {written(e)}",
+        ),
         winner(
             names,
             [final_faithfulness(a) for a in arms],

@@ -6,7 +6,6 @@ import html
 import json
 import os
 import urllib.parse
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,8 @@ from polyclinic.server.report.pictures import cut
 from polyclinic.server.report.verdict import verdict
 
 REPORT, NUMBERS, CARD = "report.html", "metrics.json", "MODEL_CARD.md"
-# Small runs spread thin: a comparison shows this many draws of each prompt and arm.
-DRAWS_COMPARED = 2
+# A comparison shows this many draws of each prompt and arm.
+DRAWS_COMPARED = 4
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def markdown(text: object) -> Markup:
     safe = html.escape(flat, quote=False)
     for character in "\\`*_[]|":
         safe = safe.replace(character, f"&#{ord(character)};")
-    return Markup(safe)  # noqa: S704  (escaped just above)
+    return Markup(safe)
 
 
 def environment() -> jinja2.Environment:
@@ -152,7 +151,7 @@ def link_to(report: Path, page: Path) -> str:
     return urllib.parse.quote(Path(os.path.relpath(report, page.parent)).as_posix())
 
 
-def arm_row(name: str, metrics: Metrics, link: str) -> ArmRow:
+def arm_row(name: str, title: str, metrics: Metrics, link: str) -> ArmRow:
     """Prepare one line of the comparison's table."""
     ends = first_and_last(metrics)
     faithfulness = ends[1].faithfulness if ends else None
@@ -162,7 +161,7 @@ def arm_row(name: str, metrics: Metrics, link: str) -> ArmRow:
 
     return ArmRow(
         name,
-        metrics.study.title if metrics.study.title != name else "",
+        title,
         link,
         metrics.private,
         worst_epsilon(metrics),
@@ -172,6 +171,11 @@ def arm_row(name: str, metrics: Metrics, link: str) -> ArmRow:
         hours(total(metrics.cost, "CPU time", LEARNING)),
         wording.scaled(sum(bytes_moved(metrics)), "B"),
     )
+
+
+def own_title(metrics: Metrics, shared: str) -> str:
+    """Write an arm's title without the words that all arms' titles begin with."""
+    return metrics.study.title.removeprefix(shared).strip(" ,:;–-()")
 
 
 def frontier_charts(names: list[str], arms: list[Metrics]) -> list[tuple[str, plots.Chart]]:
@@ -192,14 +196,16 @@ def frontier_charts(names: list[str], arms: list[Metrics]) -> list[tuple[str, pl
         ]
         finite = epsilon if plots.finite(epsilon) else None
         guarded.append(plots.Arm(name, finite, kid.value, kid.low, kid.high, trail))
-    charts = [("KID against privacy loss", plots.frontier(guarded, "epsilon", floor, wording.number, "epsilon"))]
+    charts = [("KID against privacy loss", plots.frontier(guarded, "epsilon", floor, "epsilon"))]
     quantity, unit, values = compute([arm for _, arm, _ in judged])
+    size, unit_name = wording.axis_unit(max((v for v in values if v is not None), default=0.0), unit)
     for (name, _, kid), value in zip(judged, values, strict=True):
         if value is not None:
-            priced.append(plots.Arm(name, value, kid.value, kid.low, kid.high))
+            priced.append(plots.Arm(name, value / size, kid.value, kid.low, kid.high))
     if len(priced) == len(judged):
-        write: Callable[[float], str] = lambda value: wording.quantity(value, unit)  # noqa: E731
-        charts.append(("KID against compute", plots.frontier(priced, quantity, floor, write, "compute")))
+        charts.append(
+            ("KID against compute", plots.frontier(priced, f"{quantity}, {unit_name}", floor, "compute"))
+        )
     return charts
 
 
@@ -212,7 +218,8 @@ def side_by_side(names: list[str], arms: list[Metrics], arm_dirs: list[Path]) ->
         if not drawn or drawn[-1].samples is None:
             continue
         columns.append(view.SampleColumn(drawn[-1].round, name, i < view.ROUNDS_SHOWN_NARROW))
-        found = cut(folder, drawn[-1].samples, DRAWS_COMPARED)
+        sheet = drawn[-1].samples
+        found = cut(folder, sheet, DRAWS_COMPARED if len(arms) < 5 and sheet.columns >= DRAWS_COMPARED else 2)
         # Arms may list the same prompts in another order; a row must show one prompt.
         pictures.append(dict(zip(arm.prompts, found, strict=False)))
         size = max(size, drawn[-1].samples.image_size)
@@ -240,12 +247,13 @@ def write_comparison(path: Path, arms: list[Metrics], arm_dirs: list[Path]) -> P
     if not arms or len(arms) != len(arm_dirs):
         raise ValueError(f"{len(arms)} arms and {len(arm_dirs)} directories")
     names = wording.arm_names(arms)
+    shared = wording.shared_title(arms)
     rows = [
-        arm_row(name, arm, link_to(folder / REPORT, path))
+        arm_row(name, own_title(arm, shared), arm, link_to(folder / REPORT, path))
         for name, arm, folder in zip(names, arms, arm_dirs, strict=True)
     ]
     values = {
-        "title": wording.shared_title(arms),
+        "title": shared,
         "names": names,
         "rows": rows,
         "verdict": comparison_verdict(arms),

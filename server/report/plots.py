@@ -30,6 +30,7 @@ VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", FLOOR: "--floor", C
 }
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 SVG_DASHES = ("none", "7 3", "2 2", "8 3 2 3")
+SHAPES = ("M12 .5a4.5 4.5 0 1 0 .01 0Z", "M8 1h8v8H8Z", "M12 .5l5 9H7Z", "M12 0l5 5-5 5-5-5Z")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 
 STYLE = {
@@ -67,6 +68,7 @@ class Mark:
     colour: str
     dash: str = "none"
     band: bool = False
+    shape: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def dressed(svg: str, label: str) -> Markup:
         body = body.replace(colour, f"var({variable})")
     head = f'<svg role="img" aria-label="{escape(label)}" '
     # Every character of the drawing comes from matplotlib, which escapes all text it is given.
-    return Markup(head + body.removeprefix("<svg "))  # noqa: S704
+    return Markup(head + body.removeprefix("<svg "))
 
 
 def render(draw: Callable[[Any], None], width: float, height: float, salt: str) -> str:
@@ -117,7 +119,11 @@ def render(draw: Callable[[Any], None], width: float, height: float, salt: str) 
 
 
 def chart(
-    draw: Callable[[Any], None], label: str, marks: list[Mark], salt: str, wide: tuple[float, float] = (5.3, 3.0)
+    draw: Callable[[Any], None],
+    label: str,
+    marks: list[Mark],
+    salt: str,
+    wide: tuple[float, float] = (5.3, 3.0),
 ) -> Chart:
     """Render a chart in both shapes."""
     shapes = (wide, (3.35, 2.7))
@@ -196,7 +202,8 @@ def share_over_rounds(series: Series, chance: float, real: float | None, salt: s
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
 
     ceiling = f", real images {100 * real:.0f} %" if real is not None else ""
-    label = f"{series.label}: balanced accuracy {100 * series.y[-1]:.0f} % at the end, chance {100 * chance:.0f} %{ceiling}"
+    end = f"balanced accuracy {100 * series.y[-1]:.0f} % at the end"
+    label = f"{series.label}: {end}, chance {100 * chance:.0f} %{ceiling}"
     return chart(draw, label, [], salt, wide=(2.75, 2.0))
 
 
@@ -219,7 +226,9 @@ def epsilon_over_rounds(sites: list[Series], caps: dict[str, float]) -> Chart:
                 for x, y in zip(series.x, series.y, strict=True):
                     spent.setdefault(x, []).append(y)
             xs = sorted(spent)
-            axes.fill_between(xs, [min(spent[x]) for x in xs], [max(spent[x]) for x in xs], color=SERIES[0], alpha=0.3)
+            axes.fill_between(
+                xs, [min(spent[x]) for x in xs], [max(spent[x]) for x in xs], color=SERIES[0], alpha=0.3
+            )
             axes.plot(xs, [max(spent[x]) for x in xs], color=SERIES[0], linewidth=1.8)
         else:
             for i, series in enumerate(sites):
@@ -229,12 +238,20 @@ def epsilon_over_rounds(sites: list[Series], caps: dict[str, float]) -> Chart:
             owners = [name for name, cap in caps.items() if cap == level]
             index = next((i for i, s in enumerate(sites) if s.label == owners[0]), 0)
             shared = many or len(owners) > 1 or len(levels) == 1
-            axes.axhline(level, color=MUTED if shared else SERIES[index], linewidth=1.1, linestyle=(0, (4, 3)))
+            axes.axhline(
+                level, color=MUTED if shared else SERIES[index], linewidth=1.1, linestyle=(0, (4, 3))
+            )
             words = f"cap {level:g}" if shared else f"cap of {owners[0]} {level:g}"
             axes.annotate(
-                words, (1, level), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
-                ha="right", color=MUTED, fontsize=8,
-            )  # fmt: skip
+                words,
+                (1, level),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="right",
+                color=MUTED,
+                fontsize=8,
+            )
         highest = max([*levels, *(y for s in sites for y in s.y)])
         axes.set_ylim(0, 1.12 * highest or 1)
 
@@ -259,14 +276,13 @@ class Arm:
     trail: Sequence[tuple[float, float]] = ()
 
 
-def frontier(arms: list[Arm], xlabel: str, floor: float | None, write: Callable[[float], str], salt: str) -> Chart:
+def frontier(arms: list[Arm], xlabel: str, floor: float | None, salt: str) -> Chart:
     """Draw each arm's final KID over what it cost; arms without privacy stand apart on the right.
 
     Args:
         arms: The arms.
         xlabel: What the horizontal axis counts.
         floor: KID between halves of the reference, drawn as a band.
-        write: Writes a horizontal value.
         salt: Name that is this chart's alone on the page.
     """
     finite = [x for a in arms for x in (a.x, *(t[0] for t in a.trail)) if x is not None]
@@ -287,12 +303,21 @@ def frontier(arms: list[Arm], xlabel: str, floor: float | None, write: Callable[
             colour = SERIES[i % len(SERIES)]
             x = places[arm.label] if arm.x is None else arm.x
             if arm.trail:
-                axes.plot(*zip(*arm.trail, strict=True), color=colour, linewidth=1, alpha=0.5, marker=".", markersize=3)
+                axes.plot(
+                    *zip(*arm.trail, strict=True),
+                    color=colour,
+                    linewidth=1,
+                    alpha=0.5,
+                    marker=".",
+                    markersize=3,
+                )
             if arm.low is not None and arm.high is not None:
                 axes.plot([x, x], [arm.low, arm.high], color=colour, linewidth=1.4, solid_capstyle="butt")
-            axes.plot([x], [arm.y], color=colour, marker=MARKERS[i % len(MARKERS)], markersize=7, linestyle="none")
+            axes.plot(
+                [x], [arm.y], color=colour, marker=MARKERS[i % len(SHAPES)], markersize=7, linestyle="none"
+            )
         ticks = [t for t in MaxNLocator(4).tick_values(0, reach) if 0 <= t <= end]
-        words = [write(t) for t in ticks]
+        words = [f"{t:g}" for t in ticks]
         if aside:
             axes.axvline(end, color=LINE, linewidth=1, linestyle=(0, (2, 2)))
             ticks.append((end + right) / 2)
@@ -305,10 +330,12 @@ def frontier(arms: list[Arm], xlabel: str, floor: float | None, write: Callable[
         axes.set_ylabel("KID")
 
     def place(arm: Arm) -> str:
-        return "without DP" if arm.x is None else f"at {write(arm.x)}"
+        return "without DP" if arm.x is None else f"at {number(arm.x)}"
 
     label = f"KID against {xlabel}: " + "; ".join(f"{a.label} {number(a.y)} {place(a)}" for a in arms)
-    marks = [Mark(a.label, f"--c{i % len(SERIES)}") for i, a in enumerate(arms)]
+    marks = [
+        Mark(a.label, f"--c{i % len(SERIES)}", shape=SHAPES[i % len(SHAPES)]) for i, a in enumerate(arms)
+    ]
     if floor is not None:
         marks.append(Mark("floor: real against real", "--floor", band=True))
     return chart(draw, label, marks, f"frontier {salt}")

@@ -48,13 +48,21 @@ def against(estimate: Estimate, level: float) -> Order:
 def written(estimate: Estimate) -> str:
     """Write an estimate with its interval."""
     text = wording.interval(estimate)
-    return f"{number(estimate.value)} (95 % interval {text})" if text else f"{number(estimate.value)} (no interval)"
+    return (
+        f"{number(estimate.value)} (95 % interval {text})"
+        if text
+        else f"{number(estimate.value)} (no interval)"
+    )
 
 
 def written_share(estimate: Estimate) -> str:
     """Write a share with its interval in percent."""
     text = wording.percent_interval(estimate)
-    return f"{percent(estimate.value)} (95 % interval {text})" if text else f"{percent(estimate.value)} (no interval)"
+    return (
+        f"{percent(estimate.value)} (95 % interval {text})"
+        if text
+        else f"{percent(estimate.value)} (no interval)"
+    )
 
 
 def fidelity_sentences(start: RoundFacts, final: RoundFacts) -> list[str]:
@@ -141,12 +149,16 @@ def faithfulness_sentences(start: Faithfulness | None, final: Faithfulness | Non
 def privacy_sentences(metrics: Metrics) -> list[str]:
     """State what was spent, or that nothing protects the patients."""
     if not metrics.private:
-        return ["NOT PRIVATE: nothing bounds what this generator may reveal about a patient it was trained on."]
+        return [
+            "NOT PRIVATE: nothing bounds what this generator may reveal about a patient it was trained on."
+        ]
     epsilon = worst_epsilon(metrics)
     if epsilon is None:
         return ["No site stated an epsilon, so no privacy claim can be made."]
     if math.isinf(epsilon):
-        return ["At least one site spent without bound (epsilon is infinite), so no privacy claim can be made."]
+        return [
+            "At least one site spent without bound (epsilon is infinite), so no privacy claim can be made."
+        ]
     deltas = [s.delta for s in metrics.sites if s.delta is not None]
     delta = f", delta {wording.bound(max(deltas))}" if deltas else ""
     sites = "the one site" if len(metrics.sites) == 1 else f"each of the {len(metrics.sites)} sites"
@@ -157,7 +169,9 @@ def privacy_sentences(metrics: Metrics) -> list[str]:
         if s.epsilon is not None and s.epsilon_cap is not None and s.epsilon > s.epsilon_cap
     ]
     if over:
-        said.append(f"Above the site's own cap: {listed(over)}. This must not happen; read the site's ledger.")
+        said.append(
+            f"Above the site's own cap: {listed(over)}. This must not happen; read the site's ledger."
+        )
     if epsilon > 10:
         said.append("An epsilon above 10 is a weak guarantee.")
     return said
@@ -174,7 +188,7 @@ def participation_sentences(metrics: Metrics) -> list[str]:
         said.append(f"On the way, sites gave {wording.count(refused, 'refusal')} and {replies}.")
     if lost:
         said.append(
-            f"{wording.count(len(lost), 'round')} released nothing for want of sites, and budget was still spent."
+            f"{wording.count(len(lost), 'round')} released nothing for want of sites, yet budget was spent."
         )
     return said
 

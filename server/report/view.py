@@ -172,7 +172,9 @@ def fidelity_card(metrics: Metrics) -> Card:
     interval = wording.interval(kid)
     lines = [f"95 % interval {interval}" if interval else "no interval", floor_words(kid)]
     if start is not None:
-        lines.append(f"{number(start.value)} at {'the start' if ends[0].round == 0 else f'round {ends[0].round}'}")
+        lines.append(
+            f"{number(start.value)} at {'the start' if ends[0].round == 0 else f'round {ends[0].round}'}"
+        )
     lines.append(sample_size(kid))
     return Card("Fidelity (KID, lower is better)", number(kid.value), lines, scale=scale_of(kid, start))
 
@@ -253,7 +255,9 @@ def fidelity_charts(metrics: Metrics) -> list[plots.Chart]:
     return [plots.distance_over_rounds(words, distance_series(metrics, name)) for words, name in pairs]
 
 
-def concept_panel(title: str, found: list[tuple[int, Estimate]], row: ConceptFaithfulness, salt: str) -> Panel:
+def concept_panel(
+    title: str, found: list[tuple[int, Estimate]], row: ConceptFaithfulness, salt: str
+) -> Panel:
     """One concept's words, and its chart where there is more than one round."""
     last = found[-1][1]
     interval = wording.percent_interval(last)
@@ -296,7 +300,9 @@ def epsilon_chart(metrics: Metrics) -> plots.Chart | None:
         if spent:
             # Before its first round a site has spent nothing on this study.
             spent = spent if spent[0][0] == 0 else [(0, 0.0), *spent]
-            lines.append(plots.Series(site.name, [n for n, _ in spent], [e for _, e in spent if e is not None]))
+            lines.append(
+                plots.Series(site.name, [n for n, _ in spent], [e for _, e in spent if e is not None])
+            )
     if not lines or not metrics.private:
         return None
     drawn = {line.label for line in lines}
@@ -324,14 +330,16 @@ def cost_lines(metrics: Metrics) -> list[CostLine]:
         lines.append(line)
     for row in forecast.values():
         lines.append(
-            CostLine(row.phase, row.where, row.quantity, forecast=wording.cost(row), forecast_source=row.source)
+            CostLine(
+                row.phase, row.where, row.quantity, forecast=wording.cost(row), forecast_source=row.source
+            )
         )
     return lines
 
 
 def cost_totals(metrics: Metrics) -> list[tuple[str, str, str]]:
     """Quantity, total and sources of every quantity that adds up."""
-    totals = []
+    totals: list[tuple[str, str, str]] = []
     for name in ADDITIVE:
         value = total(metrics.cost, name)
         if value is not None:

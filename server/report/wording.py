@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from polyclinic.server.evaluation.estimate import Estimate
 from polyclinic.server.report.metrics import CostRow, Metrics
@@ -39,7 +40,7 @@ def bound(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     """Write a share as a whole percentage."""
-    return DASH if value is None else f"{100 * value:.0f} %"
+    return DASH if value is None else f"{100 * value:.0f}\u00a0%"
 
 
 def interval(estimate: Estimate) -> str:
@@ -75,6 +76,19 @@ def scaled(value: float, unit: str, step: float = 1000.0) -> str:
     return f"{number(value)} {prefixes[size]}{unit}"
 
 
+def axis_unit(largest: float, unit: str) -> tuple[float, str]:
+    """Choose one unit for a whole axis by its largest value: what to divide by, and the unit's name."""
+    steps: tuple[tuple[float, float, str], ...]
+    if unit == "s":
+        steps = ((7200.0, 3600.0, "h"), (120.0, 60.0, "min"))
+    else:
+        prefixes = ("k", "M", "G", "T", "P", "E", "Z")
+        steps = tuple(
+            (10.0 ** (3 * i), 10.0 ** (3 * i), p + unit) for i, p in reversed(list(enumerate(prefixes, 1)))
+        )
+    return next(((size, name) for least, size, name in steps if largest >= least), (1.0, unit))
+
+
 def energy(joules: float) -> str:
     """Write an energy in joules, watt-hours or kilowatt-hours."""
     if joules < 360:
@@ -105,7 +119,7 @@ def plural(value: int, one: str, many: str) -> str:
     return f"{value:,} {one if value == 1 else many}"
 
 
-def listed(words: list[str], most: int = 6) -> str:
+def listed(words: Sequence[str], most: int = 6) -> str:
     """Join words as in a sentence; a long list is cut and its rest counted."""
     if len(words) > most:
         return f"{', '.join(words[:most])} and {len(words) - most} more"

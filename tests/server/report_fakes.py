@@ -10,7 +10,18 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from polyclinic.server.evaluation.estimate import Estimate, Fidelity
 from polyclinic.server.evaluation.probe import ConceptFaithfulness, Faithfulness
-from polyclinic.server.report.metrics import CostRow, Metrics, RoundFacts, SampleSheet, SiteFacts, StudyFacts
+from polyclinic.server.report.metrics import (
+    UNIT_OF,
+    CostRow,
+    Metrics,
+    Phase,
+    Quantity,
+    RoundFacts,
+    SampleSheet,
+    SiteFacts,
+    Source,
+    StudyFacts,
+)
 
 PROMPTS = [
     "Generate an image with a polyp, no instrument and a green/black box artefact.",
@@ -68,7 +79,10 @@ def picture(rng: np.random.Generator, clarity: float, prompt: int, size: int) ->
     pen.ellipse((4, 4, 124, 124), fill=(190, 96, 84))
     for ring in range(5):
         inset = 14 + 10 * ring
-        pen.ellipse((inset, inset + 4, 128 - inset, 124 - inset), fill=(170 - 30 * ring, 80 - 15 * ring, 70 - 12 * ring))
+        pen.ellipse(
+            (inset, inset + 4, 128 - inset, 124 - inset),
+            fill=(170 - 30 * ring, 80 - 15 * ring, 70 - 12 * ring),
+        )
     if prompt in (0, 2, 4):
         x, y = rng.integers(20, 70, 2)
         pen.ellipse((x, y, x + 36, y + 32), fill=(226, 120, 118))
@@ -76,8 +90,17 @@ def picture(rng: np.random.Generator, clarity: float, prompt: int, size: int) ->
         pen.line((128, 110, 70, 70), fill=(150, 160, 175), width=14)
     if prompt == 0:
         pen.rectangle((4, 92, 40, 122), fill=(10, 90, 40))
-    noise = Image.fromarray(rng.integers(0, 255, (128, 128, 3), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(3))
+    noise = Image.fromarray(rng.integers(0, 255, (128, 128, 3), dtype=np.uint8)).filter(
+        ImageFilter.GaussianBlur(3)
+    )
     return Image.blend(noise, big, clarity).resize((size, size), Image.Resampling.LANCZOS)
+
+
+def row(phase: Phase, where: str, quantity: Quantity, value: float, source: Source) -> CostRow:
+    """A row of cost in the quantity's own unit."""
+    return CostRow(
+        phase=phase, where=where, quantity=quantity, value=value, unit=UNIT_OF[quantity], source=source
+    )
 
 
 def write_sheet(run_dir: Path, number: int, clarity: float, size: int = 64, columns: int = 3) -> SampleSheet:
@@ -94,16 +117,23 @@ def write_sheet(run_dir: Path, number: int, clarity: float, size: int = 64, colu
 
 
 def fake_run(
-    run_dir: Path, *, private: bool = True, last: int = 12, final_kid: float = 0.043, name: str = "phantom-demo-dp",
+    run_dir: Path,
+    *,
+    private: bool = True,
+    last: int = 12,
+    final_kid: float = 0.043,
+    name: str = "phantom-demo-dp",
     title: str = "Colonoscopy phantoms at three sites: federated, private",
-) -> Metrics:  # fmt: skip
+) -> Metrics:
     """A run of `last` rounds whose KID moves from 0.152 to `final_kid`; its sheets are drawn."""
     rounds = []
     for number in range(last + 1):
         share = 1 - math.exp(-3.2 * number / last)
         share /= 1 - math.exp(-3.2)
         judged = number % 2 == 0 or number == last
-        epsilon = {s: 0.4 * (number > 0) + (7.4 - 0.5 * i) * math.sqrt(number / last) for i, s in enumerate(SITES)}
+        epsilon = {
+            s: 0.4 * (number > 0) + (7.4 - 0.5 * i) * math.sqrt(number / last) for i, s in enumerate(SITES)
+        }
         missing = {"valley"} if number == 5 else set()
         refused = {"coast": "refused [1013 site-not-ready]: the site's cache or snapshot is not there"}
         rounds.append(
@@ -112,14 +142,16 @@ def fake_run(
                 released=True,
                 epsilon={s: e if private else math.inf for s, e in epsilon.items()} if number else {},
                 replied=[s for s in SITES if s not in missing] if number else [],
-                refused=refused if number == 8 else {},
+                refused=refused if number == min(8, last) else {},
                 absent=sorted(missing),
                 bytes_down=3 * 17_400_000 * (number > 0),
                 bytes_up=3 * 17_400_000 * (number > 0),
                 seconds=16.0 * (number > 0),
                 evaluated=judged,
                 fidelity=fidelity(0.152 + (final_kid - 0.152) * share) if judged else None,
-                faithfulness=faithfulness(0.51 + 0.2 * share, 0.53 + 0.3 * share, 0.5 + 0.04 * share) if judged else None,
+                faithfulness=faithfulness(0.51 + 0.2 * share, 0.53 + 0.3 * share, 0.5 + 0.04 * share)
+                if judged
+                else None,
                 samples=write_sheet(run_dir, number, 0.1 + 0.85 * share) if judged else None,
             )
         )
@@ -131,30 +163,32 @@ def fake_run(
         )
         for s, n in SITES.items()
     ]  # fmt: skip
+    training = 311 if private else 262
     cost = [
-        CostRow(phase="preparation", where="all sites", quantity="CPU time", value=38.4, unit="s", source="measured"),
-        CostRow(phase="training", where="all sites", quantity="CPU time", value=311 if private else 262, unit="s", source="measured"),
-        CostRow(phase="training", where="all sites", quantity="FLOPs", value=3.1e13, unit="FLOP", source="counted"),
-        CostRow(phase="training", where="all sites", quantity="energy", value=3110, unit="J", source="estimated"),
-        CostRow(phase="training", where="all sites", quantity="peak memory", value=1.42e9, unit="B", source="sampled"),
-        CostRow(phase="evaluation", where="server", quantity="CPU time", value=96.2, unit="s", source="measured"),
-        CostRow(phase="evaluation", where="server", quantity="energy", value=962, unit="J", source="estimated"),
-    ]  # fmt: skip
-    forecast = [
-        CostRow(phase="training", where="all sites", quantity="FLOPs", value=3.0e13, unit="FLOP", source="counted"),
-        CostRow(phase="training", where="all sites", quantity="CPU time", value=280, unit="s", source="estimated"),
-        CostRow(phase="evaluation", where="server", quantity="disk", value=4.1e7, unit="B", source="estimated"),
+        row("preparation", "all sites", "CPU time", 38.4, "measured"),
+        row("training", "all sites", "CPU time", training, "measured"),
+        row("training", "all sites", "FLOPs", 3.1e13, "counted"),
+        row("training", "all sites", "energy", 10 * training, "estimated"),
+        row("training", "all sites", "peak memory", 1.42e9, "sampled"),
+        row("evaluation", "server", "CPU time", 96.2, "measured"),
+        row("evaluation", "server", "energy", 962, "estimated"),
     ]
+    forecast = [
+        row("training", "all sites", "FLOPs", 3.0e13, "counted"),
+        row("training", "all sites", "CPU time", 280, "estimated"),
+        row("evaluation", "server", "disk", 4.1e7, "estimated"),
+    ]
+    promise = ["For each site, (epsilon, delta)-differential privacy for adding or removing one patient."]
     return Metrics(
         study=StudyFacts(
             name=name, title=title, resolved_hash="6f3a" * 16, base_hash="b01d" * 16,
             generator="MSDM, size msdm-tiny", trainable_parameters=4_350_000, image_size=64,
         ),
-        simulated=True, private=private, created="2025-11-22", code_version="0.1.0", sites=sites, rounds=rounds,
-        cost=cost, forecast=forecast, prompts=PROMPTS,
-        guarantee=["For each site, (epsilon, delta)-differential privacy for adding or removing one patient."] * private,
+        simulated=True, private=private, created="2025-11-22", code_version="0.1.0", sites=sites,
+        rounds=rounds, cost=cost, forecast=forecast, prompts=PROMPTS,
+        guarantee=promise * private,
         not_covered=["A patient in two hospitals: the epsilons add.", "Reply timing and participation.",
                      "The public reference's patients."],
-        study_json={"name": name, "privacy": {"enabled": private, "epsilon": 8.0}, "training": {"rounds": last}},
+        study_json={"name": name, "privacy": {"enabled": private, "epsilon": 8.0}},
         seconds_total=334.0,
     )  # fmt: skip

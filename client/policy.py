@@ -1,0 +1,73 @@
+"""What this site allows: a local file that the coordinator never sees or sets (PRIVACY.md, rule 14)."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from polyclinic.common.refusals import BadInput, Refusal
+from polyclinic.common.study import Study, explain
+
+
+class Policy(BaseModel):
+    """`policy.toml` in the site's home. Every limit is the site's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    declared_patients: int = Field(ge=1, description="public size of the site, typed by a person")
+    epsilon_per_study: float = Field(10.0, gt=0, description="cap on one study")
+    epsilon_total: float = Field(10.0, gt=0, description="cap on the sum over all studies")
+    min_patients: int = Field(20, ge=1, description="fewer patients are never approved")
+    min_sigma: float = Field(0.3, ge=0, description="private studies with less noise are refused")
+    max_rounds: int = Field(1000, ge=1)
+    max_steps: int = Field(100_000, ge=1, description="steps of one study")
+    families: tuple[str, ...] = ("msdm",)
+    allow_not_private: bool = Field(False, description="may train without privacy")
+    allow_test_randomness: bool = Field(False, description="may train with fixed randomness")
+
+
+def load_policy(home: Path) -> Policy:
+    """Read the site's policy.
+
+    Raises:
+        BadInput: Missing or wrong; names the file, the field and the fix.
+    """
+    path = home / "policy.toml"
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; write one with at least declared_patients = N")
+    try:
+        return Policy.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path}: not a TOML file: {error}; fix that line") from error
+    except ValidationError as error:
+        raise BadInput(f"{path}: {explain(error)}") from error
+
+
+def check_study(policy: Policy, study: Study) -> None:
+    """Refuse a study that the policy does not allow.
+
+    Raises:
+        Refusal: With the code of the first rule it breaks.
+    """
+    if not study.privacy.enabled and not policy.allow_not_private:
+        raise Refusal("not-private-forbidden")
+    if study.training.test_key is not None and not policy.allow_test_randomness:
+        raise Refusal("test-randomness-forbidden")
+    if study.generator.family not in policy.families:
+        raise Refusal("policy-forbids", f"family {study.generator.family}")
+    if study.training.rounds > policy.max_rounds or study.total_steps > policy.max_steps:
+        raise Refusal("policy-forbids", f"{study.training.rounds} rounds, {study.total_steps} steps")
+    if study.privacy.enabled and study.privacy.delta > 1 / (10 * policy.declared_patients):
+        raise Refusal("policy-forbids", "delta is above 1 / (10 x declared patients)")
+
+
+def check_noise(policy: Policy, study: Study, sigma: float) -> None:
+    """Refuse a private study with less noise than the site's floor.
+
+    Raises:
+        Refusal: `policy-forbids`.
+    """
+    if study.privacy.enabled and sigma < policy.min_sigma:
+        raise Refusal("policy-forbids", f"sigma {sigma} is below the floor {policy.min_sigma}")

@@ -1,0 +1,138 @@
+"""A round at a site: policy, ledger and stored reply around the common training loop.
+
+Order (PRIVACY.md, rule 9): reserve + fsync -> train -> store the reply whole in one rename ->
+settle + fsync -> first byte sent. Asked again with the same round and state: the stored bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from polyclinic.client.approval import Approval, require_approval
+from polyclinic.client.ledger import Ledger, Reservation, open_ledger
+from polyclinic.client.policy import check_noise
+from polyclinic.common.cost import Meter, append_cost, view_flops
+from polyclinic.common.data.cache import load_cache
+from polyclinic.common.generators.base import (
+    Family,
+    Tensors,
+    load_family,
+    load_trainable_state,
+    trainable_state,
+)
+from polyclinic.common.privacy.clipping import TAU
+from polyclinic.common.privacy.random import KeyedRandom
+from polyclinic.common.refusals import Refusal
+from polyclinic.common.study import CODE_VERSION
+from polyclinic.common.training import PlainEngine, PrivateEngine, StepEngine, pick_device, train
+from polyclinic.common.wire import ReplyFacts, RoundOrder, check_like, pack_reply, state_hash
+
+
+def answer_round(home: Path, order: RoundOrder, state: Tensors, *, in_time: Callable[[], bool]) -> bytes:
+    """Answer one round.
+
+    Args:
+        home: The site's home.
+        order: The round and the study it belongs to.
+        state: Trainable state of the round.
+        in_time: Says whether the round's deadline is still ahead; asked before anything is spent.
+
+    Returns:
+        The stored reply: these bytes, and no others, may be sent.
+
+    Raises:
+        Refusal: With its code; nothing was spent unless the code is `site-fault`.
+    """
+    approval, policy = require_approval(home, order.study_hash)
+    study = approval.resolved.study
+    check_noise(policy, study, approval.sigma)
+    if not 1 <= order.round <= study.training.rounds:
+        raise Refusal("bad-message", f"round {order.round}")
+    incoming = state_hash(state)
+    with open_ledger(home) as ledger:
+        stored = ledger.stored_reply(approval.id, order.round, incoming)
+        if stored is not None:
+            reply = stored.read_bytes()
+            ledger.note_settled(approval.id, order.round, reply)
+            return reply
+        if not in_time():
+            raise Refusal("round-too-late")
+        device = pick_device(study.training.device)
+        torch.set_num_threads(study.training.threads or torch.get_num_threads())
+        family = load_family(
+            study.generator, study.data.image_size, Path(approval.vae), device=device, encoders=False
+        )
+        check_like(state, trainable_state(family.module))
+        load_cache(home / "cache", approval.cache_index)  # refuses before anything is spent
+        reservation = ledger.reserve(
+            approval=approval.id,
+            round_number=order.round,
+            state=incoming,
+            sigma=approval.sigma,
+            rate=study.privacy.sampling_rate,
+            steps=study.training.steps_per_round,
+            tau=TAU if study.privacy.enabled else 0.0,
+        )
+        try:
+            with Meter(device) as meter:
+                difference = _train(home, approval, order.round, state, family, device)
+            facts = _facts(approval, order, ledger, reservation, family)
+            ledger.settle(approval.id, order.round, pack_reply(difference, facts))
+        except Exception:
+            # The attempt is seen to fail here: it counts as spent, unless its reply is already stored.
+            # Its text stays at the site.
+            if not ledger.reply_path(approval.id, order.round).exists():
+                ledger.fail(approval.id, order.round)
+            raise
+        append_cost(home / "cost.jsonl", "train", meter.measurement, round=order.round, flops=facts.flops)
+        return ledger.reply_path(approval.id, order.round).read_bytes()
+
+
+def _train(
+    home: Path, approval: Approval, round_number: int, state: Tensors, family: Family, device: str
+) -> Tensors:
+    """Train a round's steps and return the difference, fp32 on the CPU."""
+    study = approval.resolved.study
+    data = load_cache(home / "cache", approval.cache_index)
+    load_trainable_state(family.module, state)
+    key = study.training.test_key
+    random = KeyedRandom.from_os() if key is None else KeyedRandom.for_test(key, approval.site, round_number)
+    engine: StepEngine
+    if study.privacy.enabled:
+        engine = PrivateEngine(
+            family, data, study, random, sigma=approval.sigma, divisor=approval.divisor, device=device
+        )
+    else:
+        engine = PlainEngine(family, data, study, random, device=device)
+    steps = study.training.steps_per_round
+    train(engine, (round_number - 1) * steps, steps, f"round {round_number} {approval.site}")
+    return {name: tensor - state[name] for name, tensor in trainable_state(family.module).items()}
+
+
+def _facts(
+    approval: Approval, order: RoundOrder, ledger: Ledger, reservation: Reservation, family: Family
+) -> ReplyFacts:
+    study = approval.resolved.study
+    private = study.privacy.enabled
+    steps = study.training.steps_per_round
+    return ReplyFacts(
+        round=order.round,
+        sigma=approval.sigma,
+        sampling_rate=study.privacy.sampling_rate,
+        steps=steps,
+        clip=study.privacy.clip if private else float("inf"),
+        divisor=approval.divisor,
+        tau=TAU if private else 0.0,
+        epsilon=ledger.epsilon(approval.id),
+        delta=study.privacy.delta,
+        code_version=CODE_VERSION,
+        base_hash=approval.resolved.base_hash,
+        study_hash=approval.resolved.hash,
+        approval=approval.id,
+        ledger_sequence=reservation.sequence,
+        ledger_hash=reservation.hash,
+        flops=float(view_flops(family) * study.privacy.views * approval.divisor * steps),
+    )

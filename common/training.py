@@ -1,0 +1,201 @@
+"""One training loop for everyone; what a step is belongs to the engine it is given.
+
+`PrivateEngine` takes DP-SGD steps over Poisson-sampled patients: Opacus's DPOptimizer with our
+clipped sum and our noise source. `PlainEngine` takes ordinary steps over the same patients and
+views; whatever it makes is NOT PRIVATE. Both are stateless between rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import Tensor
+
+from polyclinic.common.data.cache import Cached
+from polyclinic.common.generators.base import Family, Tensors, Views, trainable
+from polyclinic.common.privacy.clipping import ENGINES
+from polyclinic.common.privacy.random import KeyedRandom
+from polyclinic.common.privacy.views import draw_views, poisson_sample
+from polyclinic.common.progress import track
+from polyclinic.common.refusals import BadInput
+from polyclinic.common.study import Study
+
+
+def pick_device(asked: str) -> str:
+    """Where to train: `cpu`, `cuda`, or for `auto` a GPU where there is one.
+
+    Raises:
+        BadInput: A GPU is asked for and there is none.
+    """
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise BadInput('`training.device = "cuda"`: this machine has no GPU that torch sees; write "auto" or "cpu"')
+    return asked
+
+
+class StepEngine(Protocol):
+    """Takes one step of training."""
+
+    def step(self, step: int) -> None:
+        """Take the step with this global number."""
+        ...
+
+
+class PatientDPOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Opacus's DPOptimizer, given a clipped sum over patients instead of per-sample gradients.
+
+    Noise, scaling by the public divisor and the order of the two are Opacus's; the clipped sum comes
+    from `clipping`, and `add_noise` draws from our own cryptographic streams.
+    """
+
+    noise_source: Callable[[str, torch.Size, float], Tensor]
+
+    def step_on(self, names: list[str], sums: Tensors) -> None:
+        """Add noise to the sums, divide by the public constant and step.
+
+        Args:
+            names: Parameter names in the optimizer's order.
+            sums: Clipped sum by name; zeros for an empty sample, which is a step too.
+        """
+        self._names = names
+        for name, parameter in zip(names, self.params, strict=True):
+            parameter.summed_grad = sums[name]
+        self.add_noise()
+        self.scale_grad()
+        self.original_optimizer.step()
+        for parameter in self.params:
+            parameter.summed_grad = parameter.grad = None
+
+    def add_noise(self) -> None:
+        """Add C x sigma Gaussian noise to every coordinate of the sum."""
+        std = self.noise_multiplier * self.max_grad_norm
+        for name, parameter in zip(self._names, self.params, strict=True):
+            noise = self.noise_source(name, parameter.shape, std).to(parameter.device)
+            # In float64, rounded once: see `Stream.protective_normal`.
+            parameter.grad = (parameter.summed_grad.double() + noise).to(parameter.dtype)
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """One: a step's micro-batches are already summed."""
+        return 1
+
+
+class _Sampler:
+    """Who is in a step and what they show."""
+
+    def __init__(self, family: Family, data: Cached, study: Study, random: KeyedRandom, device: str) -> None:
+        self.data, self.study, self.random, self.device = data, study, random, device
+        self.shape = family.normal_shape(data.image)
+
+    def views(self, step: int) -> Views:
+        """Views `[B, K, ...]` of the patients sampled for this step; B may be 0."""
+        privacy = self.study.privacy
+        chosen = poisson_sample(self.random, self.data.patients, step, privacy.sampling_rate)
+        views = draw_views(
+            self.random,
+            self.data,
+            chosen,
+            step=step,
+            views=privacy.views,
+            normal_shape=self.shape,
+            prompt_dropout=self.study.generator.prompt_dropout,
+        )
+        return Views.of({name: tensor.to(self.device) for name, tensor in views.tensors().items()})
+
+
+def _adamw(family: Family, study: Study) -> tuple[list[str], torch.optim.AdamW]:
+    parameters = trainable(family.module)
+    settings = study.training
+    optimizer = torch.optim.AdamW(
+        list(parameters.values()),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+    )
+    return list(parameters), optimizer
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+class PrivateEngine:
+    """DP-SGD for diffusion: sample patients, clip each one's gradient to C, add noise, divide, step."""
+
+    def __init__(
+        self,
+        family: Family,
+        data: Cached,
+        study: Study,
+        random: KeyedRandom,
+        *,
+        sigma: float,
+        divisor: float,
+        device: str,
+    ) -> None:
+        self.family, self.study, self.random = family, study, random
+        self.sampler = _Sampler(family, data, study, random, device)
+        self.names, optimizer = _adamw(family, study)
+        self.optimizer = PatientDPOptimizer(
+            optimizer,
+            noise_multiplier=sigma,
+            max_grad_norm=study.privacy.clip,
+            expected_batch_size=divisor,
+        )
+
+    def step(self, step: int) -> None:
+        """Take one noised step; a sample without patients is a step of pure noise."""
+        privacy = self.study.privacy
+        clipped_sum = ENGINES[privacy.engine]
+        sums = clipped_sum(self.family, self.sampler.views(step), privacy.clip, privacy.micro_batch)
+        self.optimizer.noise_source = lambda name, shape, std: self.random.stream(
+            "noise", step, name
+        ).protective_normal(shape, std)
+        _set_rate(self.optimizer.original_optimizer, self.study.learning_rate(step))
+        self.optimizer.step_on(self.names, sums)
+
+
+class PlainEngine:
+    """Ordinary training on the same patients and views. NOT PRIVATE."""
+
+    def __init__(self, family: Family, data: Cached, study: Study, random: KeyedRandom, *, device: str) -> None:
+        self.family, self.study = family, study
+        self.sampler = _Sampler(family, data, study, random, device)
+        _, self.optimizer = _adamw(family, study)
+
+    def step(self, step: int) -> None:
+        """Step on the mean loss over all views of the sampled patients; nobody sampled, no step."""
+        views = self.sampler.views(step)
+        count = views.uniform.numel()
+        if not count:
+            return
+        flat = {name: tensor.flatten(0, 1) for name, tensor in views.tensors().items()}
+        size = self.study.privacy.micro_batch * self.study.privacy.views
+        self.optimizer.zero_grad()
+        for start in range(0, count, size):
+            part = Views.of({name: tensor[start : start + size] for name, tensor in flat.items()})
+            (self.family.view_losses(part).sum() / count).backward()
+        parameters = list(trainable(self.family.module).values())
+        torch.nn.utils.clip_grad_norm_(parameters, self.study.training.max_grad_norm)
+        _set_rate(self.optimizer, self.study.learning_rate(step))
+        self.optimizer.step()
+
+
+def train(engine: StepEngine, first: int, steps: int, label: str) -> None:
+    """Run a round's steps with a progress bar; the bar shows no loss, which would be private.
+
+    Args:
+        engine: What a step is.
+        first: Global number of the first step.
+        steps: Steps to take.
+        label: What the bar says.
+    """
+    with track(label, steps) as advance:
+        for step in range(first, first + steps):
+            engine.step(step)
+            advance(1)

@@ -1,0 +1,185 @@
+"""What crosses the wire: trainable state <-> Flower records, in a closed schema (PRIVACY.md, rule 12).
+
+Down: the trainable state, the round number and the deadline. Up: the noised difference and the
+fields of `ReplyFacts`, all of them public parameters. Anything else is refused on both sides.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import TypeVar
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from safetensors.torch import load, save
+
+from polyclinic.common.generators.base import Tensors
+from polyclinic.common.generators.public import hash_state
+from polyclinic.common.refusals import Refusal
+
+T = TypeVar("T")
+
+STATE, ROUND, DIFFERENCE, FACTS = "state", "round", "difference", "facts"
+
+
+@dataclass(frozen=True)
+class RoundOrder:
+    """What the server asks for: nothing of it but these fields is read.
+
+    Attributes:
+        round: Number of the round, from 1.
+        study_hash: Names the approved study; everything else about it comes from the site's own copy.
+    """
+
+    round: int
+    study_hash: str
+
+
+@dataclass(frozen=True)
+class ReplyFacts:
+    """Every field that leaves a site beside the difference; all follow from public quantities.
+
+    Attributes:
+        round: Number of the round.
+        sigma: Noise standard deviation in units of C; 0 where the run is not private.
+        sampling_rate: q.
+        steps: Steps taken.
+        clip: C.
+        divisor: Public constant each sum was divided by.
+        tau: Every contribution was scaled by 1 / (1 + tau).
+        epsilon: Spent by this site in this study so far; infinity where the run is not private.
+        delta: Of that epsilon.
+        code_version: Release of Polyclinic at the site.
+        base_hash: Frozen base.
+        study_hash: Resolved study.
+        approval: Random id of the site's approval.
+        ledger_sequence: Number of the ledger line that recorded the reservation.
+        ledger_hash: Hash of that line; salted, so it tells nothing.
+        flops: Forward and backward operations of the expected batch, from public quantities.
+    """
+
+    round: int
+    sigma: float
+    sampling_rate: float
+    steps: int
+    clip: float
+    divisor: float
+    tau: float
+    epsilon: float
+    delta: float
+    code_version: str
+    base_hash: str
+    study_hash: str
+    approval: str
+    ledger_sequence: int
+    ledger_hash: str
+    flops: float
+
+
+def order_records(order: RoundOrder, state: Tensors) -> RecordDict:
+    """Pack what goes down to a site."""
+    return RecordDict({STATE: _arrays(state), ROUND: ConfigRecord(asdict(order))})
+
+
+def read_order(content: RecordDict) -> tuple[RoundOrder, Tensors]:
+    """Unpack an order at a site.
+
+    Raises:
+        Refusal: `bad-message` for other fields or types, `bad-state` for odd tensors.
+    """
+    if set(content) != {STATE, ROUND}:
+        raise Refusal("bad-message", f"records {sorted(content)}")
+    return _parse(RoundOrder, content[ROUND]), _tensors(content[STATE])
+
+
+def reply_records(stored: bytes) -> RecordDict:
+    """Pack a stored reply, and only a stored reply, for the way up."""
+    difference, facts = unpack_reply(stored)
+    return RecordDict({DIFFERENCE: _arrays(difference), FACTS: ConfigRecord(asdict(facts))})
+
+
+def read_reply(content: RecordDict, like: Tensors) -> tuple[Tensors, ReplyFacts]:
+    """Unpack and check a reply at the server.
+
+    Args:
+        content: What a site sent.
+        like: The state of the round: names and shapes a difference must have.
+
+    Raises:
+        Refusal: `bad-message` for any field outside the schema, `bad-state` for other names, shapes,
+            types, or numbers that are not finite.
+    """
+    if set(content) != {DIFFERENCE, FACTS}:
+        raise Refusal("bad-message", f"records {sorted(content)}")
+    difference = _tensors(content[DIFFERENCE])
+    check_like(difference, like)
+    return difference, _parse(ReplyFacts, content[FACTS])
+
+
+def check_like(tensors: Tensors, like: Tensors) -> None:
+    """Refuse tensors whose names, shapes or types are not `like`'s, or that are not finite."""
+    if tensors.keys() != like.keys():
+        raise Refusal("bad-state", f"names differ, e.g. {sorted(tensors.keys() ^ like.keys())[0]}")
+    for name, tensor in tensors.items():
+        if tensor.shape != like[name].shape or tensor.dtype != torch.float32:
+            raise Refusal("bad-state", f"{name} is {tensor.dtype}{tuple(tensor.shape)}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise Refusal("bad-state", f"{name} is not finite")
+
+
+def pack_reply(difference: Tensors, facts: ReplyFacts) -> bytes:
+    """Serialize a reply for the site's store: safetensors with the facts in its header."""
+    return save(difference, metadata={FACTS: json.dumps(asdict(facts))})
+
+
+def unpack_reply(stored: bytes) -> tuple[Tensors, ReplyFacts]:
+    """Read a stored reply."""
+    header = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
+    return load(stored), ReplyFacts(**json.loads(header["__metadata__"][FACTS]))
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Count the serialized bytes of a record's tensors and facts."""
+    arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    return arrays + sum(len(json.dumps(dict(record))) for record in content.config_records.values())
+
+
+def state_hash(state: Tensors) -> str:
+    """Name a state by its content."""
+    return hash_state(state)
+
+
+def _arrays(tensors: Tensors) -> ArrayRecord:
+    return ArrayRecord({name: Array(tensors[name].contiguous().numpy()) for name in sorted(tensors)})
+
+
+def _tensors(record: object) -> Tensors:
+    if not isinstance(record, ArrayRecord):
+        raise Refusal("bad-message", "tensors are missing")
+    out: Tensors = {}
+    for name, array in record.items():
+        if array.dtype != "float32":
+            raise Refusal("bad-state", f"{name} is {array.dtype}")
+        try:
+            # Flower's own decoder is numpy.load with pickles refused. Not ascontiguousarray: it turns a
+            # number without dimensions into a vector.
+            out[name] = torch.from_numpy(np.asarray(array.numpy(), order="C"))
+        except (ValueError, TypeError, EOFError, OSError, MemoryError, SyntaxError, OverflowError) as error:
+            raise Refusal("bad-state", f"{name} cannot be decoded") from error
+    return out
+
+
+def _parse(kind: type[T], record: object) -> T:
+    if not isinstance(record, ConfigRecord):
+        raise Refusal("bad-message", "the facts are missing")
+    expected = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]
+    if set(record) != set(expected):
+        raise Refusal("bad-message", f"fields {sorted(set(record) ^ set(expected))}")
+    for name, kind_name in expected.items():
+        value = record[name]
+        if type(value).__name__ != kind_name or (isinstance(value, float) and math.isnan(value)):
+            raise Refusal("bad-message", f"field {name}")
+    return kind(**dict(record))

@@ -1,0 +1,91 @@
+"""One folder a round: the state, its average and the record, all there or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save
+
+from polyclinic.common.files import naming_full_disk, sync_folder, write_atomic, write_json_atomic
+from polyclinic.common.generators.base import Tensors
+
+
+class RoundRecord(BaseModel):
+    """What happened in a round. Infinite epsilon (not private) is written as the string "inf".
+
+    Attributes:
+        round: From 0, the start.
+        released: Enough sites replied, so the state changed.
+        state_hash: Hash of the state after the round.
+        replied: Site to the facts of its reply.
+        refused: Site to its refusal, code and words.
+        absent: Sites that did not answer by the deadline.
+        bytes_down: Payload to all sites.
+        bytes_up: Payload from all sites.
+        seconds: Wall time.
+    """
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+    round: int
+    released: bool = True
+    state_hash: str
+    replied: dict[str, dict[str, float | int | str]] = {}
+    refused: dict[str, str] = {}
+    absent: list[str] = []
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run needs to go on."""
+
+    record: RoundRecord
+    state: Tensors
+    average: Tensors
+
+
+def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint's folder in one rename."""
+    folder = run_dir / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"round-{checkpoint.record.round:04d}"
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
+    try:
+        with naming_full_disk(place):
+            write_atomic(temporary / "state.safetensors", save(checkpoint.state))
+            write_atomic(temporary / "average.safetensors", save(checkpoint.average))
+            write_json_atomic(temporary / "record.json", json.loads(checkpoint.record.model_dump_json()))
+            temporary.chmod(0o755)
+            temporary.rename(place)
+            sync_folder(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def rounds_done(run_dir: Path) -> list[int]:
+    """Numbers of the rounds that have a checkpoint, ascending."""
+    return sorted(int(path.name.removeprefix("round-")) for path in (run_dir / "checkpoints").glob("round-*"))
+
+
+def load_checkpoint(run_dir: Path, number: int) -> Checkpoint:
+    """Read a round's checkpoint."""
+    folder = run_dir / "checkpoints" / f"round-{number:04d}"
+    return Checkpoint(
+        load_record(run_dir, number),
+        load_file(str(folder / "state.safetensors")),
+        load_file(str(folder / "average.safetensors")),
+    )
+
+
+def load_record(run_dir: Path, number: int) -> RoundRecord:
+    """Read a round's record alone."""
+    path = run_dir / "checkpoints" / f"round-{number:04d}" / "record.json"
+    return RoundRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))

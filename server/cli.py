@@ -1,0 +1,129 @@
+"""`polyclinic-server`: what the coordinator runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from polyclinic.common.cli import common_options, run_command, show
+from polyclinic.common.data.folder import read_folder
+from polyclinic.common.refusals import BadInput
+from polyclinic.common.study import load_study
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="polyclinic-server", description="the coordinator's side of Polyclinic")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("plan", help="check a study and say what it means")
+    command.add_argument("study", help="study file, or the name of a packaged study")
+    common_options(command)
+    command.set_defaults(run=_plan)
+
+    command = commands.add_parser("pretrain", help="train the VAE or a warm start on the public reference")
+    command.add_argument("part", choices=["vae", "generator"])
+    command.add_argument("study")
+    command.add_argument("--reference", type=Path, required=True, help="folder of public images with its CSV")
+    command.add_argument("--out", type=Path, required=True, help="folder (vae) or safetensors file (generator)")
+    command.add_argument("--vae", type=Path, help="for `generator`: folder of the VAE; default: the study's")
+    common_options(command)
+    command.set_defaults(run=_pretrain)
+
+    command = commands.add_parser("generate", help="draw images from a finished study")
+    command.add_argument("run", type=Path, help="run folder", metavar="RUN")
+    command.add_argument("--prompt", required=True)
+    command.add_argument("-n", type=int, default=8, help="how many (%(default)s)")
+    command.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG to write (%(default)s)")
+    command.add_argument("--round", type=int, help="round to draw from; default: the last")
+    command.add_argument("--seed", type=int, default=0)
+    common_options(command)
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser("export", help="save the generator as a diffusers pipeline")
+    command.add_argument("run", type=Path, metavar="RUN")
+    command.add_argument("--out", type=Path, required=True, help="folder to write")
+    command.add_argument("--round", type=int)
+    common_options(command)
+    command.set_defaults(run=_export)
+
+    command = commands.add_parser("report", help="write a run's report again")
+    command.add_argument("run", type=Path, metavar="RUN")
+    common_options(command)
+    command.set_defaults(run=_report)
+    return run_command(parser, argv)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from polyclinic.server.plan import plan, words
+
+    planned = plan(load_study(arguments.study))
+    show(arguments, json.loads(planned.model_dump_json()), words(planned))
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from polyclinic.common.generators.public import hash_source, resolve
+    from polyclinic.common.training import pick_device
+    from polyclinic.server.pretrain import pretrain_generator, pretrain_vae
+    from polyclinic.server.reference import split_reference
+
+    study = load_study(arguments.study)
+    records = read_folder(arguments.reference, study.data.table, unit=study.data.unit)
+    part = split_reference(study, records).pretrain
+    if not part:
+        raise BadInput("the reference's pretrain part is empty; raise reference.pretrain in the study")
+    out: Path = arguments.out
+    facts: dict[str, object] = {"path": str(out)}
+    if arguments.part == "vae":
+        facts["psnr_db"] = round(pretrain_vae(study, part, out), 2)
+    else:
+        vae = arguments.vae or resolve(study.generator.vae, study.generator.vae_revision, "generator.vae")
+        pretrain_generator(study, part, vae, out, device=pick_device(study.training.device))
+    facts["sha256"] = hash_source(out)
+    field = "vae_sha256" if arguments.part == "vae" else "warm_start_sha256"
+    show(arguments, facts, f"{out}\ngenerator.{field} = \"{facts['sha256']}\"")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from polyclinic.server.evaluation.judge import picture, sample, write_picture
+    from polyclinic.server.release import open_generator
+
+    if arguments.n < 1:
+        raise BadInput(f"-n {arguments.n}: ask for at least one image")
+    if not arguments.prompt.strip():
+        raise BadInput("--prompt is empty; write what the images should show")
+    if arguments.out.suffix.lower() != ".png":
+        raise BadInput(f"--out {arguments.out}: name a .png file")
+    resolved, family = open_generator(arguments.run, arguments.round)
+    study = resolved.study
+    settings = study.evaluation.model_copy(update={"seed": arguments.seed})
+    wanted = [(arguments.prompt, draw) for draw in range(arguments.n)]
+    images = sample(family, study.model_copy(update={"evaluation": settings}), wanted, "draw")
+    write_picture(arguments.out, picture(images, min(4, arguments.n)))
+    show(arguments, {"out": str(arguments.out), "images": arguments.n}, f"{arguments.out}: {arguments.n} images")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from polyclinic.server.release import export, open_generator
+
+    _, family = open_generator(arguments.run, arguments.round)
+    export(family, arguments.out)
+    show(arguments, {"out": str(arguments.out)}, f"{arguments.out}: load it with diffusers' StableDiffusionPipeline")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from polyclinic.server.release import check_run
+    from polyclinic.server.report.html import read_metrics, write_report
+
+    check_run(arguments.run)
+    path = arguments.run / "metrics.json"
+    if not path.exists():
+        raise BadInput(f"{path}: not there yet; finish the run first")
+    page = write_report(arguments.run, read_metrics(path))
+    show(arguments, {"report": str(page)}, str(page))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

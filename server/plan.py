@@ -1,0 +1,341 @@
+"""`polyclinic-server plan`: what a study means before anybody trains, in numbers and in words.
+
+Everything follows from the study file alone: operations are counted on the meta device, privacy is
+calibrated as a site would calibrate it, bytes are those of the trainable state.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from polyclinic.common.cost import count_flops, view_flops
+from polyclinic.common.generators.base import Family, load_family, trainable
+from polyclinic.common.generators.public import PACKAGE, resolve
+from polyclinic.common.privacy.accounting import calibrate, claim, epsilon_pld, epsilon_rdp
+from polyclinic.common.refusals import BadInput
+from polyclinic.common.study import SimulatedSite, Study
+from polyclinic.server.plan_advice import Advice, advise
+from polyclinic.server.report.metrics import CostRow, Part
+from polyclinic.server.report.wording import bound, count, number, scaled
+
+PIXELS_A_LATENT = 8
+FP32 = 4  # bytes
+EACH_SITE = "each site"
+
+
+class SitePlan(Part):
+    """What the study means at one site.
+
+    Attributes:
+        name: The site, or "each site" where the study names none.
+        declared_patients: Public size; None where the study does not know it.
+        sigma: Noise standard deviation in units of the clip bound; 0 without privacy.
+        epsilon: Claimed for the whole study, the upper end of PRV; None without privacy.
+        epsilon_pld: The same from privacy loss distributions: a check from below.
+        epsilon_rdp: The same from Renyi accounting: a check from above.
+        delta: Of every epsilon here; None without privacy.
+        expected_patients: Mean number of patients in a step, q x declared.
+        expected_views: Mean number of views in a step.
+        flops: Forward and backward operations of the whole study at this site.
+        noise_to_batch: sigma / (q x declared): noise on the mean gradient, in units of the clip bound.
+    """
+
+    name: str
+    declared_patients: int | None = None
+    sigma: float = 0.0
+    epsilon: float | None = None
+    epsilon_pld: float | None = None
+    epsilon_rdp: float | None = None
+    delta: float | None = None
+    expected_patients: float | None = None
+    expected_views: float | None = None
+    flops: float | None = None
+    noise_to_batch: float | None = None
+
+
+class Plan(Part):
+    """A study in numbers.
+
+    Attributes:
+        name: Short name of the study.
+        private: Whether sites train under differential privacy.
+        unit: Privacy unit, `patient` or `image`.
+        generator: Family and size.
+        image_size: Pixels a side.
+        trainable_parameters: Parameters that travel.
+        rounds: Rounds of the study.
+        steps_per_round: Steps a site takes in a round.
+        steps: Steps a site takes over the study.
+        sampling_rate: Chance q of a patient to be in a step.
+        views: Views a sampled patient shows in a step.
+        clip: Bound on a patient's gradient norm; None without privacy.
+        state_bytes: The trainable state in fp32: bytes down, and up, a round and site.
+        forward_flops: Operations of one view, forward alone.
+        view_flops: Operations of one view, forward and backward.
+        patient_flops: Operations of the whole study for each declared patient.
+        server_disk_bytes: Checkpoints: state and average of every round, the start included.
+        site_replies_bytes: Replies that a site keeps over the study.
+        cache_bytes_per_1000_images: A site's cache: moments of 1,000 images.
+        cache_bytes_per_caption: A site's cache: embedding of one distinct caption.
+        evaluation_images: Images drawn in one evaluation.
+        evaluations: Rounds that are evaluated, the start included.
+        sites: One entry for each site.
+        warnings: Settings known to be poor.
+        forecast: Cost of training, to be compared with what it came to.
+    """
+
+    name: str
+    private: bool
+    unit: str
+    generator: str
+    image_size: int
+    trainable_parameters: int
+    rounds: int
+    steps_per_round: int
+    steps: int
+    sampling_rate: float
+    views: int
+    clip: float | None
+    state_bytes: int
+    forward_flops: int
+    view_flops: int
+    patient_flops: float
+    server_disk_bytes: int
+    site_replies_bytes: int
+    cache_bytes_per_1000_images: int
+    cache_bytes_per_caption: int
+    evaluation_images: int
+    evaluations: int
+    sites: list[SitePlan]
+    warnings: list[Advice]
+    forecast: list[CostRow]
+
+
+def plan(study: Study, source: str = "study") -> Plan:
+    """Work out what a study means.
+
+    Args:
+        study: The study.
+        source: Name of its file, for error messages.
+
+    Raises:
+        BadInput: The image size does not fit the autoencoder, a base is not there, or epsilon cannot be met.
+        Refusal: `accountant-disagrees`.
+    """
+    _check_size(study, source)
+    family = load_family(
+        study.generator, study.data.image_size, _local_vae(study, source), device="meta", encoders=False
+    )
+    parameters = sum(p.numel() for p in trainable(family.module).values())
+    view, privacy, rounds = view_flops(family), study.privacy, study.training.rounds
+    patient = float(view) * privacy.views * privacy.sampling_rate * study.total_steps
+    sites = _sites(study, patient)
+    state_bytes = FP32 * parameters
+    shown = family.synthetic_views(1)
+    server_disk = 2 * state_bytes * (rounds + 1)
+    return Plan(
+        name=study.name,
+        private=privacy.enabled,
+        unit=study.data.unit,
+        generator=f"{study.generator.family}, size {study.generator.size}",
+        image_size=study.data.image_size,
+        trainable_parameters=parameters,
+        rounds=rounds,
+        steps_per_round=study.training.steps_per_round,
+        steps=study.total_steps,
+        sampling_rate=privacy.sampling_rate,
+        views=privacy.views,
+        clip=privacy.clip if privacy.enabled else None,
+        state_bytes=state_bytes,
+        forward_flops=forward_flops(family),
+        view_flops=view,
+        patient_flops=patient,
+        server_disk_bytes=server_disk,
+        site_replies_bytes=state_bytes * rounds,
+        cache_bytes_per_1000_images=1000 * FP32 * sum(t.numel() for t in shown.image.values()),
+        cache_bytes_per_caption=FP32 * sum(t.numel() for t in shown.prompt.values()),
+        evaluation_images=study.evaluation.images,
+        evaluations=len({*range(0, rounds + 1, study.evaluation.every), rounds}),
+        sites=sites,
+        warnings=advise(study, {site.name: site.noise_to_batch for site in sites}),
+        forecast=_forecast(sites, state_bytes * rounds, server_disk),
+    )
+
+
+def forward_flops(family: Family) -> int:
+    """Count the operations of one view without its backward pass."""
+    views = family.synthetic_views(1)
+    with torch.no_grad():
+        return count_flops(lambda: family.view_losses(views))
+
+
+def words(plan: Plan) -> str:
+    """Say a plan in words, for the terminal."""
+    lines = [
+        f"Study {plan.name}: {plan.generator}, {plan.image_size} px, "
+        f"{plan.trainable_parameters / 1e6:.1f} M trainable parameters.",
+        f"{count(plan.rounds, 'round')} x {count(plan.steps_per_round, 'step')} = "
+        f"{plan.steps:,} steps a site.",
+        "",
+        _privacy_words(plan),
+    ]
+    lines += [f"  {_site_words(site, plan)}" for site in plan.sites]
+    lines += [
+        "",
+        "Cost",
+        f"  one view: {scaled(plan.view_flops, 'FLOP')} forward and backward, "
+        f"{scaled(plan.forward_flops, 'FLOP')} of them forward (counted on the meta device)",
+    ]
+    lines += [
+        f"  {site.name}: {scaled(site.flops, 'FLOP')} over the study" for site in plan.sites if site.flops
+    ] or [f"  {EACH_SITE}: {scaled(plan.patient_flops, 'FLOP')} over the study for each declared patient"]
+    lines += [
+        f"  network: {scaled(plan.state_bytes, 'B')} down and {scaled(plan.state_bytes, 'B')} up "
+        "a round and site (fp32)",
+        f"  disk at the server: {scaled(plan.server_disk_bytes, 'B')} (state and average of every round)",
+        f"  disk at a site: {scaled(plan.site_replies_bytes, 'B')} of replies; cache "
+        f"{scaled(plan.cache_bytes_per_1000_images, 'B')} per 1,000 images and "
+        f"{scaled(plan.cache_bytes_per_caption, 'B')} per distinct caption",
+        f"  evaluation: {count(plan.evaluation_images, 'image')} each of {count(plan.evaluations, 'time')}",
+    ]
+    if plan.warnings:
+        lines += ["", "Warnings", *(f"  ! {advice.text}" for advice in plan.warnings)]
+    return "\n".join(lines)
+
+
+def _check_size(study: Study, source: str) -> None:
+    size = study.data.image_size
+    if size % PIXELS_A_LATENT:
+        low = size // PIXELS_A_LATENT * PIXELS_A_LATENT
+        raise BadInput(
+            f"{source}: field `data.image_size`: {size} is not a multiple of {PIXELS_A_LATENT}, by which the "
+            f"autoencoder shrinks an image; write {low} or {low + PIXELS_A_LATENT}"
+        )
+
+
+def _local_vae(study: Study, source: str) -> Path | None:
+    """Find the autoencoder where it is on this machine; a forecast downloads and trains none."""
+    name = study.generator.vae
+    hub_id = name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
+    if name == "reference" or (hub_id and not name.startswith(PACKAGE)):
+        return None
+    folder = resolve(name, study.generator.vae_revision, "generator.vae")
+    if not (folder / "config.json").is_file():
+        raise BadInput(
+            f"{source}: field `generator.vae`: {folder} holds no config.json; "
+            "name a folder that diffusers saved"
+        )
+    return folder
+
+
+@lru_cache(maxsize=64)
+def _cross_checks(sigma: float, rate: float, steps: int, delta: float) -> tuple[float, float]:
+    history = ((sigma, rate, steps),)
+    return epsilon_pld(history, delta), epsilon_rdp(history, delta)
+
+
+def _sites(study: Study, patient_flops: float) -> list[SitePlan]:
+    if study.simulation is None:
+        return [_site(EACH_SITE, None, study, patient_flops)]
+    return [_site(name, site, study, patient_flops) for name, site in sorted(study.simulation.sites.items())]
+
+
+def _site(name: str, site: SimulatedSite | None, study: Study, patient_flops: float) -> SitePlan:
+    privacy, steps = study.privacy, study.total_steps
+    out = SitePlan(name=name)
+    if privacy.enabled:
+        # As a site's approval does: the smaller of the study's epsilon and the site's own cap.
+        target = privacy.epsilon if site is None else min(privacy.epsilon, site.epsilon_cap)
+        sigma = calibrate(target, privacy.delta, privacy.sampling_rate, steps)
+        pld, rdp = _cross_checks(sigma, privacy.sampling_rate, steps, privacy.delta)
+        out = SitePlan(
+            name=name,
+            sigma=sigma,
+            epsilon=claim(((sigma, privacy.sampling_rate, steps),), privacy.delta),
+            epsilon_pld=pld,
+            epsilon_rdp=rdp,
+            delta=privacy.delta,
+        )
+    if site is None:
+        return out
+    expected = privacy.sampling_rate * site.declared_patients
+    return out.model_copy(
+        update={
+            "declared_patients": site.declared_patients,
+            "expected_patients": expected,
+            "expected_views": expected * privacy.views,
+            "flops": patient_flops * site.declared_patients,
+            "noise_to_batch": out.sigma / expected if privacy.enabled else None,
+        }
+    )
+
+
+def _forecast(sites: list[SitePlan], bytes_each_way: int, server_disk: int) -> list[CostRow]:
+    """Rows for the sites the study names: rows are added up, so "each site" may not be one."""
+    rows = [
+        CostRow(
+            phase="training", where="server", quantity="disk", value=server_disk, unit="B", source="estimated"
+        )
+    ]
+    for site in sites:
+        if site.flops is None:
+            continue
+        rows += [
+            # The operations of a view are counted, but how many patients a step draws is only expected.
+            CostRow(
+                phase="training",
+                where=site.name,
+                quantity="FLOPs",
+                value=site.flops,
+                unit="FLOP",
+                source="estimated",
+            ),
+            CostRow(
+                phase="training",
+                where=site.name,
+                quantity="bytes down",
+                value=bytes_each_way,
+                unit="B",
+                source="counted",
+            ),
+            CostRow(
+                phase="training",
+                where=site.name,
+                quantity="bytes up",
+                value=bytes_each_way,
+                unit="B",
+                source="counted",
+            ),
+        ]
+    return rows
+
+
+def _privacy_words(plan: Plan) -> str:
+    if not plan.private:
+        return "NOT PRIVATE: no clip, no noise; a site runs it only with allow_not_private in its own policy."
+    return (
+        f"Privacy, {plan.unit}-level: (epsilon, delta) for adding or removing one {plan.unit} of a site,\n"
+        "over the whole study; PRV accountant, checked against PLD from below and RDP from above;\n"
+        f"a {plan.unit}'s gradient is clipped to {number(plan.clip)}."
+    )
+
+
+def _site_words(site: SitePlan, plan: Plan) -> str:
+    parts = []
+    if site.epsilon is not None:
+        parts.append(
+            f"epsilon {bound(site.epsilon)} at delta {number(site.delta)} "
+            f"(PLD {number(site.epsilon_pld)}, RDP {number(site.epsilon_rdp)}), sigma {number(site.sigma, 4)}"
+        )
+    if site.expected_patients is None:
+        parts.append(f"a step draws {number(100 * plan.sampling_rate)} % of the declared {plan.unit}s")
+    else:
+        parts.append(
+            f"a step expects {number(site.expected_patients)} of "
+            f"{count(site.declared_patients or 0, plan.unit)}, "
+            f"{number(site.expected_views)} views"
+        )
+    return f"{site.name}: {'; '.join(parts)}"

@@ -1,0 +1,71 @@
+"""From a run's checkpoint to a generator that anyone can use."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from polyclinic.common.generators.base import Family, load_family
+from polyclinic.common.refusals import BadInput
+from polyclinic.common.study import Resolved
+from polyclinic.common.training import pick_device
+from polyclinic.server.app import load_resolved
+from polyclinic.server.checkpoints import load_checkpoint, rounds_done
+from polyclinic.server.evaluation.judge import load_state
+
+
+def check_run(run_dir: Path) -> None:
+    """Refuse a folder that is no run.
+
+    Raises:
+        BadInput: Names the folder and what a run looks like.
+    """
+    if not (run_dir / "study.json").is_file() or not rounds_done(run_dir):
+        raise BadInput(f"{run_dir}: not a run; name a folder under `runs/` that has study.json and checkpoints")
+
+
+def open_generator(run_dir: Path, number: int | None) -> tuple[Resolved, Family]:
+    """Load a run's generator with its encoders.
+
+    Args:
+        run_dir: The run.
+        number: Round; None for the last.
+
+    Raises:
+        BadInput: No such run or round, or the base is no longer there.
+    """
+    check_run(run_dir)
+    done = rounds_done(run_dir)
+    number = done[-1] if number is None else number
+    if number not in done:
+        raise BadInput(f"{run_dir}: has no round {number}; its rounds are {done[0]} to {done[-1]}")
+    resolved = load_resolved(run_dir)
+    vae = Path((run_dir / "vae.path").read_text(encoding="utf-8").strip())
+    if not vae.is_dir():
+        raise BadInput(f"{run_dir}: its VAE is no longer at {vae}; put it back, or correct {run_dir / 'vae.path'}")
+    study = resolved.study
+    device = pick_device(study.training.device)
+    family = load_family(study.generator, study.data.image_size, vae, device=device)
+    if family.base_hash != resolved.base_hash:
+        raise BadInput(f"{vae}: another base than the run was trained on; put the right one back")
+    load_state(family, load_checkpoint(run_dir, number).average)
+    return resolved, family
+
+
+def export(family: Family, folder: Path) -> None:
+    """Save the whole pipeline in diffusers' format, safetensors only, whole or not at all.
+
+    Raises:
+        BadInput: The folder exists.
+    """
+    if folder.exists():
+        raise BadInput(f"{folder} exists; name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        family.pipeline().save_pretrained(temporary, safe_serialization=True)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

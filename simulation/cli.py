@@ -1,0 +1,53 @@
+"""`polyclinic-simulate`: a whole federation on one machine."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from polyclinic.common.cli import common_options, run_command, show
+from polyclinic.common.study import load_study
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="polyclinic-simulate", description="a whole federation on one machine")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("run", _run, "run a study to its report"),
+        ("compare", _compare, "pooled, federated and private arms of a study on one page"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("study", help="study file, or the name of a packaged study (phantom-demo)")
+        command.add_argument("--data", type=Path, help="data folder, for studies on a folder")
+        command.add_argument("--resume", action="store_true", help="go on with a run that is there")
+        command.add_argument(
+            "--engine", choices=["in-process", "ray"], default="in-process", help="who runs the sites (%(default)s)"
+        )
+        common_options(command)
+        command.set_defaults(run=run)
+    return run_command(parser, argv)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from polyclinic.simulation.run import simulate
+
+    study = load_study(arguments.study)
+    run_dir, metrics = simulate(
+        study, arguments.home, arguments.data, resume=arguments.resume, engine=arguments.engine
+    )
+    words = "\n".join([*metrics.verdict, f"report: {run_dir / 'report.html'}"])
+    show(arguments, {"run": run_dir, "report": run_dir / "report.html", "verdict": metrics.verdict}, words)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from polyclinic.simulation.compare import compare
+
+    study = load_study(arguments.study)
+    page = compare(study, arguments.home, arguments.data, resume=arguments.resume, engine=arguments.engine)
+    show(arguments, {"page": page}, f"comparison: {page}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

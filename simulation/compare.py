@@ -1,0 +1,64 @@
+"""Three arms on equal examples: pooled, federated, and federated under differential privacy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from polyclinic.common.progress import say
+from polyclinic.common.refusals import BadInput
+from polyclinic.common.study import Study, parse_study
+from polyclinic.server.report.html import write_comparison
+from polyclinic.simulation.run import simulate
+
+
+def arms(study: Study) -> list[Study]:
+    """Derive the arms. Every arm sees the same patients at the same rate for the same steps.
+
+    Args:
+        study: The private federated study.
+
+    Returns:
+        Pooled not private, federated not private, federated private.
+    """
+    if study.simulation is None:
+        raise BadInput(f"study {study.name}: has no [simulation] table to compare on")
+    title = study.title or study.name
+    declared = sum(site.declared_patients for site in study.simulation.sites.values())
+    site = {"declared_patients": declared}
+    pooled = {"split": "pooled", "sites": {"all-sites": site}}
+    return [
+        _derive(
+            study,
+            "pooled",
+            f"{title}: pooled, not private",
+            privacy={"enabled": False},
+            simulation=pooled,
+            federation={"min_sites": 1, "quorum": 0, "weights": "equal"},
+        ),
+        _derive(study, "federated", f"{title}: federated, not private", privacy={"enabled": False}),
+        _derive(study, "private", f"{title}: federated, private", privacy={"enabled": True}),
+    ]
+
+
+def _derive(study: Study, arm: str, title: str, **changes: dict[str, Any]) -> Study:
+    values = study.model_dump(mode="json")
+    values["name"], values["title"] = f"{study.name[: 39 - len(arm)]}-{arm}", title
+    for table, fields in changes.items():
+        values[table] = fields if table == "simulation" else {**values[table], **fields}
+    return parse_study(values, f"{study.name}, arm {arm}")
+
+
+def compare(study: Study, home: Path, data: Path | None, *, resume: bool, engine: str) -> Path:
+    """Run the arms and draw them on one page.
+
+    Returns:
+        The page.
+    """
+    results = []
+    for arm in arms(study):
+        say(f"arm {arm.name}")
+        results.append(simulate(arm, home, data, resume=resume, engine=engine))
+    page = home / "runs" / f"{study.name}-compare.html"
+    write_comparison(page, [metrics for _, metrics in results], [run_dir for run_dir, _ in results])
+    return page

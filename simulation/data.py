@@ -1,0 +1,99 @@
+"""From a study and a data folder to sites and a public reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from polyclinic.common.data.folder import read_folder
+from polyclinic.common.data.holdout import part_of
+from polyclinic.common.data.table import Record
+from polyclinic.common.progress import track
+from polyclinic.common.refusals import BadInput
+from polyclinic.common.study import SimulationSettings, Study
+from polyclinic.simulation.phantom import write_phantoms
+from polyclinic.simulation.split import Split, split_table
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What one machine plays.
+
+    Attributes:
+        settings: The study's simulation table.
+        sites: Site name to its records.
+        reference: The coordinator's public records.
+    """
+
+    settings: SimulationSettings
+    sites: dict[str, list[Record]]
+    reference: list[Record]
+
+
+def make_federation(study: Study, home: Path, data: Path | None) -> Federation:
+    """Read or draw the data and divide it.
+
+    Args:
+        study: Says where the data is from and how it is split.
+        home: Phantoms are drawn under it, once.
+        data: Data folder, for `data.source = "folder"`.
+
+    Raises:
+        BadInput: No data, or sites other than the study's.
+    """
+    if study.simulation is None:
+        raise BadInput(f"study {study.name}: has no [simulation] table; add one with a [simulation.sites.NAME] each")
+    records = read_folder(_folder(study, home, data), study.data.table, unit=study.data.unit)
+    settings = study.simulation
+    split = _split(study, settings, records)
+    empty = [name for name, site in split.sites.items() if not site]
+    if empty:
+        raise BadInput(f"site {empty[0]} has no patients after the split; change simulation.split or its sites")
+    return Federation(settings, split.sites, split.reference)
+
+
+def _split(study: Study, settings: SimulationSettings, records: list[Record]) -> Split:
+    names = list(settings.sites)
+    fraction, key = study.reference.fraction, study.reference.key
+    if settings.split == "pooled":
+        # The same patients as in the split by site, under one roof.
+        parts = {"reference": fraction, "site": 1 - fraction}
+        held = [r for r in records if part_of(r.patient, key, parts) == "reference"]
+        kept = [r for r in records if part_of(r.patient, key, parts) == "site"]
+        return Split({names[0]: kept}, held)
+    return split_table(
+        records,
+        by=settings.split,
+        reference_fraction=fraction,
+        key=key,
+        dirichlet_alpha=settings.dirichlet_alpha,
+        site_names=names,
+        label=settings.dirichlet_label,
+    )
+
+
+def _folder(study: Study, home: Path, data: Path | None) -> Path:
+    if study.data.source == "folder":
+        if data is None:
+            raise BadInput(f"study {study.name}: give its data folder with --data DIR")
+        return data
+    phantoms = study.data.phantoms
+    folder = home / "data" / f"phantoms-{phantoms.seed}-{phantoms.patients_per_site}-{study.data.image_size}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        with track("draw phantoms", 3 * phantoms.patients_per_site) as advance:
+            done = 0
+
+            def report(count: int, _: int) -> None:
+                nonlocal done
+                advance(count - done)
+                done = count
+
+            write_phantoms(
+                folder,
+                patients_per_site=phantoms.patients_per_site,
+                seed=phantoms.seed,
+                size=study.data.image_size,
+                on_progress=report,
+            )
+    return folder

@@ -1,0 +1,117 @@
+"""A whole federation on one machine, from a study to a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from polyclinic.client.approval import prepare_and_approve
+from polyclinic.client.ledger import create_ledger
+from polyclinic.common.cost import Meter, append_cost, read_costs
+from polyclinic.common.files import write_atomic, write_json_atomic
+from polyclinic.common.progress import say
+from polyclinic.common.refusals import BadInput
+from polyclinic.common.study import SimulatedSite, Study
+from polyclinic.server.app import make_app
+from polyclinic.server.base import Base, prepare_base
+from polyclinic.server.checkpoints import Checkpoint, RoundRecord, rounds_done, save_checkpoint
+from polyclinic.server.evaluation.judge import Judge
+from polyclinic.server.plan import plan
+from polyclinic.server.reference import split_reference
+from polyclinic.server.report.html import write_report
+from polyclinic.server.report.metrics import CostRow, Metrics
+from polyclinic.server.rounds import registered_names
+from polyclinic.server.summary import cost_rows, summarise
+from polyclinic.simulation.data import Federation, make_federation
+from polyclinic.simulation.grid import ask_names, run_in_process, run_on_ray
+
+
+def simulate(study: Study, home: Path, data: Path | None, *, resume: bool, engine: str) -> tuple[Path, Metrics]:
+    """Run a study to its report.
+
+    Args:
+        study: With a simulation table.
+        home: Where everything is kept.
+        data: Data folder, for studies on a folder.
+        resume: Go on with a run that is there.
+        engine: `in-process` or `ray`.
+
+    Returns:
+        The run's folder and its metrics.
+
+    Raises:
+        BadInput: With one sentence; nothing is half-written.
+        Refusal: A site or the server may not do it.
+    """
+    federation = make_federation(study, home, data)
+    reference = split_reference(study, federation.reference)
+    base = prepare_base(home, study, reference)
+    run_dir = home / "runs" / base.resolved.run_name
+    if rounds_done(run_dir) and not resume:
+        raise BadInput(f"{run_dir} is there already; go on with --resume, or remove that folder to start anew")
+    say(f"run {run_dir}" + ("" if study.privacy.enabled else "  [NOT PRIVATE]"))
+    homes = open_run(run_dir, base, federation)
+    judge = Judge(run_dir, base.resolved, reference, base.vae, home / "features")
+    judge.judge_missing()
+    if engine == "ray":
+        run_on_ray(make_app(run_dir, names=ask_names, after_round=judge.judge), homes)
+    else:
+        run_in_process(make_app(run_dir, names=registered_names, after_round=judge.judge), homes)
+    metrics = report(run_dir, study, homes)
+    return run_dir, metrics
+
+
+def open_run(run_dir: Path, base: Base, federation: Federation) -> list[Path]:
+    """Write a run's folder, prepare and approve at every site, and save the start.
+
+    Returns:
+        The sites' homes, in the order of their names.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(run_dir / "study.json", base.resolved.model_dump(mode="json"))
+    write_atomic(run_dir / "vae.path", f"{base.vae.resolve()}\n".encode())
+    homes = []
+    for name, site in sorted(federation.settings.sites.items()):
+        home = run_dir / "sites" / name
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_policy(home, site, base.resolved.study)
+        create_ledger(home, name, simulated=True)
+        with Meter() as meter:
+            prepare_and_approve(home, name, base.resolved, federation.sites[name], base.vae)
+        append_cost(home / "cost.jsonl", "preparation", meter.measurement)
+        homes.append(home)
+    if not rounds_done(run_dir):
+        record = RoundRecord(round=0, state_hash=base.resolved.start_hash)
+        save_checkpoint(run_dir, Checkpoint(record, base.start, base.start))
+    return homes
+
+
+def write_policy(home: Path, site: SimulatedSite, study: Study) -> None:
+    """Write what the people of a simulated hospital would have written.
+
+    A simulation of a study without privacy, or with fixed randomness, allows it: nobody real is in it.
+    """
+    lines = [
+        "# written by polyclinic-simulate for a simulated hospital",
+        f"declared_patients = {site.declared_patients}",
+        f"epsilon_per_study = {site.epsilon_cap}",
+        f"epsilon_total = {site.epsilon_cap}",
+        f"min_patients = {site.min_patients}",
+        f"allow_not_private = {json.dumps(not study.privacy.enabled)}",
+        f"allow_test_randomness = {json.dumps(study.training.test_key is not None)}",
+    ]
+    path = home / "policy.toml"
+    if not path.exists():
+        write_atomic(path, ("\n".join(lines) + "\n").encode())
+
+
+def report(run_dir: Path, study: Study, homes: list[Path]) -> Metrics:
+    """Write the report of a simulated run; a simulation may show what its sites measured."""
+    rows: list[CostRow] = []
+    for home in homes:
+        lines = read_costs(home / "cost.jsonl")
+        rows += cost_rows("preparation", home.name, [x for x in lines if x["phase"] == "preparation"])
+        rows += cost_rows("training", home.name, [x for x in lines if x["phase"] == "train"])
+    metrics = summarise(run_dir, simulated=True, extra_cost=rows, forecast=plan(study).forecast)
+    write_report(run_dir, metrics)
+    return metrics
