@@ -36,7 +36,7 @@ help:
 	@echo "make base       train the demo's public base again"
 
 demo: $(STAMP)-simulation
-	$(BIN)/polyclinic-simulate run phantom-demo --home .polyclinic
+	$(BIN)/polyclinic-simulate run phantom-demo --home .polyclinic --resume
 	@report=$$(ls -t "$$PWD"/.polyclinic/runs/phantom-demo-*/report.html | head -n 1); test -n "$$report" && echo "The report: $$report"
 
 test: lint
@@ -54,9 +54,11 @@ lint: $(STAMP)-dev
 	$(BIN)/mypy -p polyclinic
 	$(BIN)/mypy tests
 
-base: $(STAMP)-dev
-	@echo "make base is not written yet: it will train the demo's VAE and warm start on public phantoms" >&2
-	@exit 1
+# Both parts see the public reference's pretrain part only. Write the printed hashes into the study.
+base: $(STAMP)-simulation
+	$(BIN)/polyclinic-simulate reference phantom-demo --home .polyclinic --out .polyclinic/phantom-reference
+	$(BIN)/polyclinic-server pretrain vae phantom-demo --reference .polyclinic/phantom-reference --out common/bases/phantom/vae
+	$(BIN)/polyclinic-server pretrain generator phantom-demo --reference .polyclinic/phantom-reference --vae common/bases/phantom/vae --out common/bases/phantom/start.safetensors
 
 # A stamp is written last, so that an interrupted install is done again.
 $(STAMP)-venv:

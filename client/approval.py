@@ -69,7 +69,9 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
-def prepare_and_approve(home: Path, site: str, resolved: Resolved, records: list[Record], vae: Path) -> Approval:
+def prepare_and_approve(
+    home: Path, site: str, resolved: Resolved, records: list[Record], vae: Path
+) -> Approval:
     """Cache a site's images, check the policy, earmark the budget and write the approval.
 
     Args:
@@ -131,7 +133,9 @@ def prepare_and_approve(home: Path, site: str, resolved: Resolved, records: list
         )
         folder = home / "approvals"
         folder.mkdir(mode=0o700, exist_ok=True)
-        write_atomic(folder / f"{resolved.hash}.json", approval.model_dump_json(indent=1).encode(), mode=0o600)
+        write_atomic(
+            folder / f"{resolved.hash}.json", approval.model_dump_json(indent=1).encode(), mode=0o600
+        )
     return approval
 
 

@@ -105,7 +105,16 @@ class Ledger:
     # -- writing ---------------------------------------------------------------------------------
 
     def earmark(
-        self, *, approval: str, study: str, sigma: float, rate: float, steps: int, delta: float, epsilon: float, cap: float
+        self,
+        *,
+        approval: str,
+        study: str,
+        sigma: float,
+        rate: float,
+        steps: int,
+        delta: float,
+        epsilon: float,
+        cap: float,
     ) -> None:
         """Set a study's whole schedule aside.
 
@@ -128,7 +137,14 @@ class Ledger:
             raise Refusal("budget-exhausted", f"{before:.2f} committed, {epsilon:.2f} asked, cap {cap:.2f}")
         text: float | str = "inf" if epsilon == float("inf") else epsilon
         self._append(
-            "earmark", approval=approval, study=study, sigma=sigma, rate=rate, steps=steps, delta=delta, epsilon=text
+            "earmark",
+            approval=approval,
+            study=study,
+            sigma=sigma,
+            rate=rate,
+            steps=steps,
+            delta=delta,
+            epsilon=text,
         )
 
     def stored_reply(self, approval: str, round_number: int, state: str) -> Path | None:
@@ -146,7 +162,15 @@ class Ledger:
         return None
 
     def reserve(
-        self, *, approval: str, round_number: int, state: str, sigma: float, rate: float, steps: int, tau: float
+        self,
+        *,
+        approval: str,
+        round_number: int,
+        state: str,
+        sigma: float,
+        rate: float,
+        steps: int,
+        tau: float,
     ) -> Reservation:
         """Spend before touching: reserve a round's steps, fsync'd before this returns.
 
@@ -187,7 +211,9 @@ class Ledger:
     def note_settled(self, approval: str, round_number: int, reply: bytes) -> None:
         """Write the settle line, once: after a crash between store and settle it may be missing."""
         if not any(line["round"] == round_number for line in self.of(approval, "settle")):
-            self._append("settle", approval=approval, round=round_number, reply=hashlib.sha256(reply).hexdigest())
+            self._append(
+                "settle", approval=approval, round=round_number, reply=hashlib.sha256(reply).hexdigest()
+            )
 
     def fail(self, approval: str, round_number: int) -> None:
         """Close a reservation whose attempt this process saw fail: it counts as spent."""

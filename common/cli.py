@@ -20,6 +20,9 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    # Their warnings speak to people who load models by hand; errors are still shown.
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
 }
 
 Command = Callable[[argparse.Namespace], object]
@@ -32,28 +35,35 @@ def default_home() -> Path:
 
 def common_options(parser: argparse.ArgumentParser) -> None:
     """Add `--home` and `--json`."""
-    parser.add_argument("--home", type=Path, default=default_home(), help="where everything is kept (%(default)s)")
+    parser.add_argument(
+        "--home", type=Path, default=default_home(), help="where everything is kept (%(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print facts as JSON")
 
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Parse, run the chosen command (`run` in its defaults), and turn a mistake into one sentence.
+    """Parse, run the chosen command (`act` in its defaults), and turn a mistake into one sentence.
 
     Returns:
         0; 2 for bad input; 3 for a refusal; 130 when interrupted.
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(opacus|diffusers|transformers|torch|prv_accountant).*")
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(opacus|diffusers|transformers|torch|prv_accountant).*"
+    )
     arguments = parser.parse_args(argv)
     try:
-        arguments.run(arguments)
+        arguments.act(arguments)
     except (BadInput, Refusal) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(f"{parser.prog}: the disk is full ({error.filename}); free space and run again", file=sys.stderr)
+            print(
+                f"{parser.prog}: the disk is full ({error.filename}); free space and run again",
+                file=sys.stderr,
+            )
             return BadInput.exit_code
         raise
     except KeyboardInterrupt:

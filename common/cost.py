@@ -170,7 +170,7 @@ def in_parallel(parts: Iterable[Measurement]) -> Measurement:
 
 
 class Meter:
-    """Measure the block it wraps; `measurement` is there once the block ends, by an error too.
+    """Measure the block it wraps; `measurement` holds it once the block ends, by an error too.
 
     Meters may nest and overlap in several threads; each then sees the whole process.
 
@@ -183,7 +183,7 @@ class Meter:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self.measurement: Measurement | None = None
+        self.measurement = Measurement()
         self._peak = 0
         self._gpu_peak: int | None = None
         self._can_reset = False

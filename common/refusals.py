@@ -87,7 +87,8 @@ class Refusal(Exception):
     def sentence(self) -> str:
         """Return cause, detail and remedy as one sentence."""
         detail = f" ({self.detail})" if self.detail else ""
-        return f"refused [{self.reason.code} {self.reason.name}]: {self.reason.cause}{detail}; {self.reason.remedy}"
+        reason = self.reason
+        return f"refused [{reason.code} {reason.name}]: {reason.cause}{detail}; {reason.remedy}"
 
 
 def reason_of(code: int) -> Reason | None:

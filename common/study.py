@@ -39,13 +39,19 @@ class PhantomSettings(Section):
 class DataSettings(Section):
     """Where the images come from and how they are made the same size."""
 
-    source: Literal["folder", "phantoms"] = Field("folder", description="folder with a CSV, or drawn phantoms")
-    table: str = Field("images.csv", description="CSV in the data folder: image, caption, patient[, site, labels]")
+    source: Literal["folder", "phantoms"] = Field(
+        "folder", description="folder with a CSV, or drawn phantoms"
+    )
+    table: str = Field(
+        "images.csv", description="CSV in the data folder: image, caption, patient[, site, labels]"
+    )
     unit: Literal["patient", "image"] = Field(
         "patient", description="privacy unit; `image` only where the data has no patient ids"
     )
     image_size: int = Field(64, ge=16, le=2048, description="pixels a side after preprocessing")
-    fit: Literal["crop", "pad"] = Field("crop", description="centre crop to a square, or pad to one with black")
+    fit: Literal["crop", "pad"] = Field(
+        "crop", description="centre crop to a square, or pad to one with black"
+    )
     phantoms: PhantomSettings = PhantomSettings()
 
 
@@ -102,7 +108,9 @@ class GeneratorSettings(Section):
     warm_start: str = Field(
         "none", description="`none`, `package:NAME`, a safetensors file, or `reference` (trained on it)"
     )
-    warm_start_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="refuse any other start")
+    warm_start_sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="refuse any other start"
+    )
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     loss: Literal["l1", "mse"] = "l1"
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; none by default")
@@ -116,7 +124,9 @@ class GeneratorSettings(Section):
 class PrivacySettings(Section):
     """Patient-level differential privacy of each site, whatever the others do."""
 
-    enabled: bool = Field(True, description="false stamps NOT PRIVATE on everything and needs the site's leave")
+    enabled: bool = Field(
+        True, description="false stamps NOT PRIVATE on everything and needs the site's leave"
+    )
     epsilon: float = Field(8.0, gt=0, description="budget of the whole study at each site")
     delta: float = Field(1e-5, gt=0, lt=1, description="at most 1 / (10 x declared patients)")
     clip: float = Field(1.0, gt=0, description="bound C on a patient's gradient norm")
@@ -250,18 +260,23 @@ class Study(Section):
     @model_validator(mode="after")
     def _coherent(self) -> Study:
         if self.training.test_key is not None and self.privacy.enabled:
-            raise ValueError("training.test_key fixes the randomness: allowed only with privacy.enabled = false")
+            raise ValueError(
+                "training.test_key fixes the randomness: allowed only with privacy.enabled = false"
+            )
         if self.generator.train == "attention" and self.generator.warm_start == "none":
             # The output layer starts at zero; frozen there, the generator could never learn anything.
             raise ValueError(
-                'generator.train = "attention" needs a generator.warm_start: what is frozen would stay untrained'
+                'generator.train = "attention" needs a generator.warm_start: '
+                "what is frozen would stay untrained"
             )
         if self.federation.quorum and self.federation.quorum < self.federation.min_sites:
             raise ValueError("federation.quorum must be at least federation.min_sites")
         if self.simulation:
             names = set(self.simulation.sites)
             if self.federation.min_sites > len(names):
-                raise ValueError(f"federation.min_sites is larger than the {len(names)} sites of the simulation")
+                raise ValueError(
+                    f"federation.min_sites is larger than the {len(names)} sites of the simulation"
+                )
             if isinstance(self.federation.weights, dict) and set(self.federation.weights) != names:
                 raise ValueError("federation.weights must name exactly the sites of the simulation")
             for name, site in self.simulation.sites.items():
@@ -340,7 +355,9 @@ def load_study(source: str | Path) -> Study:
             except ModuleNotFoundError:
                 continue
         if path.suffix or not packaged.is_file():
-            raise BadInput(f"{source}: no such study file; give the path of a TOML file, or a packaged study's name")
+            raise BadInput(
+                f"{source}: no such study file; give the path of a TOML file, or a packaged study's name"
+            )
         text, name = packaged.read_text(encoding="utf-8"), f"{source} (packaged)"
     try:
         values = tomllib.loads(text)

@@ -33,7 +33,9 @@ def pick_device(asked: str) -> str:
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if asked == "cuda" and not torch.cuda.is_available():
-        raise BadInput('`training.device = "cuda"`: this machine has no GPU that torch sees; write "auto" or "cpu"')
+        raise BadInput(
+            '`training.device = "cuda"`: this machine has no GPU that torch sees; write "auto" or "cpu"'
+        )
     return asked
 
 
@@ -163,7 +165,9 @@ class PrivateEngine:
 class PlainEngine:
     """Ordinary training on the same patients and views. NOT PRIVATE."""
 
-    def __init__(self, family: Family, data: Cached, study: Study, random: KeyedRandom, *, device: str) -> None:
+    def __init__(
+        self, family: Family, data: Cached, study: Study, random: KeyedRandom, *, device: str
+    ) -> None:
         self.family, self.study = family, study
         self.sampler = _Sampler(family, data, study, random, device)
         _, self.optimizer = _adamw(family, study)

@@ -28,7 +28,9 @@ def weighted_mean(differences: Iterable[tuple[str, Tensors]], settings: Federati
     return {name: tensor / weights for name, tensor in total.items()}
 
 
-def advance(state: Tensors, average: Tensors, difference: Tensors, settings: FederationSettings) -> tuple[Tensors, Tensors]:
+def advance(
+    state: Tensors, average: Tensors, difference: Tensors, settings: FederationSettings
+) -> tuple[Tensors, Tensors]:
     """Take the server's step and update the moving average.
 
     Args:

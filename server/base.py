@@ -98,7 +98,9 @@ def _start(home: Path, study: Study, reference: Reference, vae: Path) -> Tensors
     missing, odd = family.module.load_state_dict(state, strict=False)
     if missing or odd:
         name = (missing or odd)[0]
-        raise BadInput(f"{path}: not a state of size {generator.size}: {name} does not fit; name another warm start")
+        raise BadInput(
+            f"{path}: not a state of size {generator.size}: {name} does not fit; name another warm start"
+        )
     return trainable_state(family.module)
 
 
@@ -112,4 +114,7 @@ def _name(recipe: object) -> str:
 
 def _check(found: str, wanted: str | None, field: str) -> None:
     if wanted is not None and found != wanted:
-        raise BadInput(f"`{field}` names {wanted[:12]}..., but what is here hashes to {found[:12]}...; name the right part")
+        raise BadInput(
+            f"`{field}` names {wanted[:12]}..., but what is here hashes to {found[:12]}...; "
+            "name the right part"
+        )

@@ -15,22 +15,26 @@ from polyclinic.common.study import load_study
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="polyclinic-server", description="the coordinator's side of Polyclinic")
+    parser = argparse.ArgumentParser(
+        prog="polyclinic-server", description="the coordinator's side of Polyclinic"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("plan", help="check a study and say what it means")
     command.add_argument("study", help="study file, or the name of a packaged study")
     common_options(command)
-    command.set_defaults(run=_plan)
+    command.set_defaults(act=_plan)
 
     command = commands.add_parser("pretrain", help="train the VAE or a warm start on the public reference")
     command.add_argument("part", choices=["vae", "generator"])
     command.add_argument("study")
     command.add_argument("--reference", type=Path, required=True, help="folder of public images with its CSV")
-    command.add_argument("--out", type=Path, required=True, help="folder (vae) or safetensors file (generator)")
+    command.add_argument(
+        "--out", type=Path, required=True, help="folder (vae) or safetensors file (generator)"
+    )
     command.add_argument("--vae", type=Path, help="for `generator`: folder of the VAE; default: the study's")
     common_options(command)
-    command.set_defaults(run=_pretrain)
+    command.set_defaults(act=_pretrain)
 
     command = commands.add_parser("generate", help="draw images from a finished study")
     command.add_argument("run", type=Path, help="run folder", metavar="RUN")
@@ -40,19 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--round", type=int, help="round to draw from; default: the last")
     command.add_argument("--seed", type=int, default=0)
     common_options(command)
-    command.set_defaults(run=_generate)
+    command.set_defaults(act=_generate)
 
     command = commands.add_parser("export", help="save the generator as a diffusers pipeline")
     command.add_argument("run", type=Path, metavar="RUN")
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     command.add_argument("--round", type=int)
     common_options(command)
-    command.set_defaults(run=_export)
+    command.set_defaults(act=_export)
 
     command = commands.add_parser("report", help="write a run's report again")
     command.add_argument("run", type=Path, metavar="RUN")
     common_options(command)
-    command.set_defaults(run=_report)
+    command.set_defaults(act=_report)
     return run_command(parser, argv)
 
 
@@ -83,7 +87,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
         pretrain_generator(study, part, vae, out, device=pick_device(study.training.device))
     facts["sha256"] = hash_source(out)
     field = "vae_sha256" if arguments.part == "vae" else "warm_start_sha256"
-    show(arguments, facts, f"{out}\ngenerator.{field} = \"{facts['sha256']}\"")
+    show(arguments, facts, f'{out}\ngenerator.{field} = "{facts["sha256"]}"')
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -102,7 +106,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     wanted = [(arguments.prompt, draw) for draw in range(arguments.n)]
     images = sample(family, study.model_copy(update={"evaluation": settings}), wanted, "draw")
     write_picture(arguments.out, picture(images, min(4, arguments.n)))
-    show(arguments, {"out": str(arguments.out), "images": arguments.n}, f"{arguments.out}: {arguments.n} images")
+    show(
+        arguments,
+        {"out": str(arguments.out), "images": arguments.n},
+        f"{arguments.out}: {arguments.n} images",
+    )
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -110,7 +118,11 @@ def _export(arguments: argparse.Namespace) -> None:
 
     _, family = open_generator(arguments.run, arguments.round)
     export(family, arguments.out)
-    show(arguments, {"out": str(arguments.out)}, f"{arguments.out}: load it with diffusers' StableDiffusionPipeline")
+    show(
+        arguments,
+        {"out": str(arguments.out)},
+        f"{arguments.out}: load it with diffusers' StableDiffusionPipeline",
+    )
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -119,11 +119,11 @@ def _training(study: Study) -> Iterator[tuple[str, str]]:
             "single-site",
             "federation.min_sites = 1: a single hospital's update would be released; write 2 or more",
         )
-    if training.learning_rate > LARGE_LEARNING_RATE:
+    peak = study.learning_rate(0)
+    if peak > LARGE_LEARNING_RATE:
         yield (
             "learning-rate-large",
-            f"training.learning_rate = {number(training.learning_rate)} is too large for AdamW; "
-            "write 1e-3 or less",
+            f"a learning rate of {number(peak)} is too large for AdamW; write 1e-3 or less",
         )
     if training.schedule == "constant" and training.rounds >= MANY_ROUNDS:
         yield (

@@ -55,7 +55,9 @@ def pretrain_vae(study: Study, records: list[Record], folder: Path) -> float:
     train = [r for r in records if position(r.patient, "vae-held-out") >= HELD_OUT]
     held = [r for r in records if position(r.patient, "vae-held-out") < HELD_OUT]
     if not train or not held:
-        raise BadInput(f"the reference's pretrain part has {len(records)} images, too few; raise reference.pretrain")
+        raise BadInput(
+            f"the reference's pretrain part has {len(records)} images, too few; raise reference.pretrain"
+        )
     pixels, held_pixels = load_pixels(train, study), load_pixels(held, study)
     torch.manual_seed(settings.seed)
     levels = len(settings.widths)
@@ -126,7 +128,9 @@ def _save_whole(model: torch.nn.Module, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def pretrain_generator(study: Study, records: list[Record], vae: Path, path: Path, *, device: str = "cpu") -> None:
+def pretrain_generator(
+    study: Study, records: list[Record], vae: Path, path: Path, *, device: str = "cpu"
+) -> None:
     """Train the generator on the reference's pretrain part: a public warm start.
 
     Args:
@@ -143,7 +147,9 @@ def pretrain_generator(study: Study, records: list[Record], vae: Path, path: Pat
     pixels = load_pixels(records, study)
     image = {k: v for k, v in _encode(family, pixels).items()}
     captions = sorted({caption for record in records for caption in record.captions} | {""})
-    prompts = torch.cat([family.encode_prompt(captions[i : i + 64])["states"] for i in range(0, len(captions), 64)])
+    prompts = torch.cat(
+        [family.encode_prompt(captions[i : i + 64])["states"] for i in range(0, len(captions), 64)]
+    )
     row_of = {caption: row for row, caption in enumerate(captions)}
     rows = [torch.tensor([row_of[c] for c in record.captions]) for record in records]
     torch.manual_seed(settings.seed)

@@ -38,5 +38,7 @@ def split_reference(study: Study, records: list[Record]) -> Reference:
     for record in records:
         parts[part_of(record.patient, f"{study.reference.key}/parts", study.reference.parts)].append(record)
     if not parts["evaluate"]:
-        raise BadInput("the reference's evaluate part is empty; raise reference.fraction or reference.evaluate")
+        raise BadInput(
+            "the reference's evaluate part is empty; raise reference.fraction or reference.evaluate"
+        )
     return Reference(**parts, hash=snapshot_hash(records))

@@ -22,7 +22,9 @@ def check_run(run_dir: Path) -> None:
         BadInput: Names the folder and what a run looks like.
     """
     if not (run_dir / "study.json").is_file() or not rounds_done(run_dir):
-        raise BadInput(f"{run_dir}: not a run; name a folder under `runs/` that has study.json and checkpoints")
+        raise BadInput(
+            f"{run_dir}: not a run; name a folder under `runs/` that has study.json and checkpoints"
+        )
 
 
 def open_generator(run_dir: Path, number: int | None) -> tuple[Resolved, Family]:
@@ -43,7 +45,9 @@ def open_generator(run_dir: Path, number: int | None) -> tuple[Resolved, Family]
     resolved = load_resolved(run_dir)
     vae = Path((run_dir / "vae.path").read_text(encoding="utf-8").strip())
     if not vae.is_dir():
-        raise BadInput(f"{run_dir}: its VAE is no longer at {vae}; put it back, or correct {run_dir / 'vae.path'}")
+        raise BadInput(
+            f"{run_dir}: its VAE is no longer at {vae}; put it back, or correct {run_dir / 'vae.path'}"
+        )
     study = resolved.study
     device = pick_device(study.training.device)
     family = load_family(study.generator, study.data.image_size, vae, device=device)

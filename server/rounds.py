@@ -18,9 +18,22 @@ from polyclinic.common.generators.base import Tensors
 from polyclinic.common.progress import say
 from polyclinic.common.refusals import REASONS, Refusal, reason_of
 from polyclinic.common.study import Resolved
-from polyclinic.common.wire import ReplyFacts, RoundOrder, order_records, payload_bytes, read_reply, state_hash
+from polyclinic.common.wire import (
+    ReplyFacts,
+    RoundOrder,
+    order_records,
+    payload_bytes,
+    read_reply,
+    state_hash,
+)
 from polyclinic.server.aggregation import advance, weighted_mean
-from polyclinic.server.checkpoints import Checkpoint, RoundRecord, load_checkpoint, rounds_done, save_checkpoint
+from polyclinic.server.checkpoints import (
+    Checkpoint,
+    RoundRecord,
+    load_checkpoint,
+    rounds_done,
+    save_checkpoint,
+)
 
 POLL_S = 0.2
 
@@ -60,7 +73,9 @@ def run_rounds(
         after_round(checkpoint)
 
 
-def run_round(grid: Grid, resolved: Resolved, before: Checkpoint, number: int, sites: dict[int, str]) -> Checkpoint:
+def run_round(
+    grid: Grid, resolved: Resolved, before: Checkpoint, number: int, sites: dict[int, str]
+) -> Checkpoint:
     """Send the state, collect differences until deadline or quorum and grace, combine them.
 
     Raises:
@@ -106,13 +121,17 @@ def run_round(grid: Grid, resolved: Resolved, before: Checkpoint, number: int, s
     if len(differences) < settings.min_sites:
         raise Refusal(
             "too-few-replies",
-            f"round {number}: {len(differences)} of at least {settings.min_sites}; refused: {refused or 'none'}; "
+            f"round {number}: {len(differences)} of at least {settings.min_sites}; "
+            f"refused: {refused or 'none'}; "
             f"absent: {absent or 'none'}",
         )
     mean = weighted_mean(((site, differences[site]) for site in sorted(differences)), settings)
     state, average = advance(before.state, before.average, mean, settings)
     seconds = time.monotonic() - start
-    say(f"round {number}: {len(differences)} sites replied in {seconds:.1f} s" + (f", refused: {refused}" if refused else ""))
+    say(
+        f"round {number}: {len(differences)} sites replied in {seconds:.1f} s"
+        + (f", refused: {refused}" if refused else "")
+    )
     record = RoundRecord(
         round=number,
         state_hash=state_hash(state),

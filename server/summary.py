@@ -43,10 +43,11 @@ def guarantee(resolved: Resolved) -> list[str]:
         return ["None. This run trained without differential privacy."]
     unit = "patient" if study.data.unit == "patient" else "image (the data has no patient ids)"
     return [
-        f"({privacy.epsilon:g}, {privacy.delta:g})-differential privacy for each site on its own, for adding or "
-        f"removing one {unit} of that site's snapshot, against everyone who sees the generator.",
-        f"Mechanism: Poisson sampling of every {study.data.unit} with public rate q = {privacy.sampling_rate:g}; each "
-        f"one's gradient over {privacy.views} views clipped to C; Gaussian noise of sigma x C; divided by a public constant.",
+        f"({privacy.epsilon:g}, {privacy.delta:g})-differential privacy for each site on its own, for adding "
+        f"or removing one {unit} of that site's snapshot, against everyone who sees the generator.",
+        f"Mechanism: Poisson sampling of every {study.data.unit} with public rate q = "
+        f"{privacy.sampling_rate:g}; each one's gradient over {privacy.views} views clipped to C; Gaussian "
+        "noise of sigma x C; divided by a public constant.",
         "Accountant: Opacus PRV (upper end), checked against dp-accounting's PLD and Opacus RDP.",
         "It rests on the site's own noise alone: not on the server, not on other sites, not on their number.",
     ]
@@ -99,7 +100,9 @@ def cost_rows(phase: Phase, where: str, lines: list[dict[str, Any]]) -> list[Cos
     """Turn measured cost lines of one phase and place into rows."""
     if not lines:
         return []
-    source_of_energy: Source = "measured" if "estimated" not in str(lines[-1]["energy_source"]) else "estimated"
+    source_of_energy: Source = (
+        "measured" if "estimated" not in str(lines[-1]["energy_source"]) else "estimated"
+    )
     rows: list[tuple[Quantity, float, Source]] = [
         ("wall time", sum(line["wall_s"] for line in lines), "measured"),
         ("CPU time", sum(line["cpu_s"] for line in lines), "measured"),
@@ -111,7 +114,9 @@ def cost_rows(phase: Phase, where: str, lines: list[dict[str, Any]]) -> list[Cos
     if any("flops" in line for line in lines):
         rows.append(("FLOPs", sum(line.get("flops", 0.0) for line in lines), "counted"))
     return [
-        CostRow(phase=phase, where=where, quantity=quantity, value=value, unit=UNIT_OF[quantity], source=source)
+        CostRow(
+            phase=phase, where=where, quantity=quantity, value=value, unit=UNIT_OF[quantity], source=source
+        )
         for quantity, value, source in rows
     ]
 
@@ -121,21 +126,32 @@ def server_cost(run_dir: Path, records: list[RoundRecord]) -> list[CostRow]:
     lines = read_costs(run_dir / "cost.jsonl")
     phases: tuple[Phase, ...] = ("pretraining", "preparation", "evaluation")
     rows = [
-        row for phase in phases for row in cost_rows(phase, "server", [x for x in lines if x["phase"] == phase])
+        row
+        for phase in phases
+        for row in cost_rows(phase, "server", [x for x in lines if x["phase"] == phase])
     ]
     for quantity, value in (
         ("bytes down", sum(record.bytes_down for record in records)),
         ("bytes up", sum(record.bytes_up for record in records)),
     ):
         rows.append(
-            CostRow(phase="training", where="all sites", quantity=quantity, value=value, unit="B", source="counted")  # type: ignore[arg-type]
+            CostRow(
+                phase="training",
+                where="all sites",
+                quantity=quantity,
+                value=value,
+                unit="B",
+                source="counted",
+            )  # type: ignore[arg-type]
         )
     return rows
 
 
 def _sites(resolved: Resolved, records: list[RoundRecord]) -> list[SiteFacts]:
     study = resolved.study
-    names = sorted({site for record in records for site in (*record.replied, *record.refused, *record.absent)})
+    names = sorted(
+        {site for record in records for site in (*record.replied, *record.refused, *record.absent)}
+    )
     sites = []
     for name in names:
         facts = [record.replied[name] for record in records if name in record.replied]

@@ -12,7 +12,9 @@ from polyclinic.common.study import load_study
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="polyclinic-simulate", description="a whole federation on one machine")
+    parser = argparse.ArgumentParser(
+        prog="polyclinic-simulate", description="a whole federation on one machine"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, text in (
         ("run", _run, "run a study to its report"),
@@ -23,10 +25,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--data", type=Path, help="data folder, for studies on a folder")
         command.add_argument("--resume", action="store_true", help="go on with a run that is there")
         command.add_argument(
-            "--engine", choices=["in-process", "ray"], default="in-process", help="who runs the sites (%(default)s)"
+            "--engine",
+            choices=["in-process", "ray"],
+            default="in-process",
+            help="who runs the sites (%(default)s)",
         )
         common_options(command)
-        command.set_defaults(run=run)
+        command.set_defaults(act=run)
+    text = "write a study's public reference as a data folder of its own"
+    command = commands.add_parser("reference", help=text, description=text)
+    command.add_argument("study")
+    command.add_argument("--data", type=Path, help="data folder, for studies on a folder")
+    command.add_argument("--out", type=Path, required=True, help="folder to write")
+    common_options(command)
+    command.set_defaults(act=_reference)
     return run_command(parser, argv)
 
 
@@ -39,6 +51,14 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     words = "\n".join([*metrics.verdict, f"report: {run_dir / 'report.html'}"])
     show(arguments, {"run": run_dir, "report": run_dir / "report.html", "verdict": metrics.verdict}, words)
+
+
+def _reference(arguments: argparse.Namespace) -> None:
+    from polyclinic.simulation.data import make_federation, write_reference
+
+    records = make_federation(load_study(arguments.study), arguments.home, arguments.data).reference
+    write_reference(records, arguments.out)
+    show(arguments, {"out": str(arguments.out), "images": len(records)}, f"{arguments.out}: {len(records)} images")
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +44,17 @@ def make_federation(study: Study, home: Path, data: Path | None) -> Federation:
         BadInput: No data, or sites other than the study's.
     """
     if study.simulation is None:
-        raise BadInput(f"study {study.name}: has no [simulation] table; add one with a [simulation.sites.NAME] each")
+        raise BadInput(
+            f"study {study.name}: has no [simulation] table; add one with a [simulation.sites.NAME] each"
+        )
     records = read_folder(_folder(study, home, data), study.data.table, unit=study.data.unit)
     settings = study.simulation
     split = _split(study, settings, records)
     empty = [name for name, site in split.sites.items() if not site]
     if empty:
-        raise BadInput(f"site {empty[0]} has no patients after the split; change simulation.split or its sites")
+        raise BadInput(
+            f"site {empty[0]} has no patients after the split; change simulation.split or its sites"
+        )
     return Federation(settings, split.sites, split.reference)
 
 
@@ -97,3 +103,26 @@ def _folder(study: Study, home: Path, data: Path | None) -> Path:
                 on_progress=report,
             )
     return folder
+
+
+def write_reference(records: list[Record], folder: Path) -> None:
+    """Write the public reference as a data folder of its own, for `polyclinic-server pretrain`.
+
+    Raises:
+        BadInput: The folder exists.
+    """
+    if folder.exists():
+        raise BadInput(f"{folder} exists; name a new folder")
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    (part / "images").mkdir(parents=True)
+    labels = sorted({label for record in records for label in record.labels})
+    with (part / "images.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["image", "caption", "patient", "site", *labels])
+        writer.writeheader()
+        for number, record in enumerate(records):
+            name = f"images/{number:06d}{record.image.suffix}"
+            shutil.copyfile(record.image, part / name)
+            facts = {"image": name, "patient": record.patient, "site": record.site or "", **record.labels}
+            writer.writerows({**facts, "caption": caption} for caption in record.captions)
+    part.rename(folder)

@@ -51,7 +51,12 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         return Run.create_empty(RUN_ID)
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """Build a message; kept for Flower's interface."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -82,7 +87,9 @@ class InProcessGrid(Grid):  # type: ignore[misc]
                 return [self._answer(message)]
         return []
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Push, then pull until all have answered or the timeout is over."""
         waiting = set(self.push_messages(messages))
         end = time.monotonic() + (float("inf") if timeout is None else timeout)
@@ -145,7 +152,9 @@ def ask_names(grid: Grid) -> dict[int, str]:
     nodes: list[int] = []
     while not nodes:
         nodes = list(grid.get_node_ids())
-    asked = [Message(RecordDict(), dst_node_id=node, message_type="query.name", group_id="names") for node in nodes]
+    asked = [
+        Message(RecordDict(), dst_node_id=node, message_type="query.name", group_id="names") for node in nodes
+    ]
     replies = grid.send_and_receive(asked, timeout=300)
     return {reply.metadata.src_node_id: str(reply.content["name"]["site"]) for reply in replies}
 

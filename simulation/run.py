@@ -26,7 +26,9 @@ from polyclinic.simulation.data import Federation, make_federation
 from polyclinic.simulation.grid import ask_names, run_in_process, run_on_ray
 
 
-def simulate(study: Study, home: Path, data: Path | None, *, resume: bool, engine: str) -> tuple[Path, Metrics]:
+def simulate(
+    study: Study, home: Path, data: Path | None, *, resume: bool, engine: str
+) -> tuple[Path, Metrics]:
     """Run a study to its report.
 
     Args:
@@ -48,7 +50,9 @@ def simulate(study: Study, home: Path, data: Path | None, *, resume: bool, engin
     base = prepare_base(home, study, reference)
     run_dir = home / "runs" / base.resolved.run_name
     if rounds_done(run_dir) and not resume:
-        raise BadInput(f"{run_dir} is there already; go on with --resume, or remove that folder to start anew")
+        raise BadInput(
+            f"{run_dir} is there already; go on with --resume, or remove that folder to start anew"
+        )
     say(f"run {run_dir}" + ("" if study.privacy.enabled else "  [NOT PRIVATE]"))
     homes = open_run(run_dir, base, federation)
     judge = Judge(run_dir, base.resolved, reference, base.vae, home / "features")

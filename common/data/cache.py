@@ -90,7 +90,9 @@ def build_cache(records: list[Record], family: Family, data: DataSettings, folde
         for key, part in image_shards:
             path = folder / f"{key}.safetensors"
             if not path.exists():
-                pixels = torch.stack([preprocess(open_image(r.image), data.image_size, data.fit) for r in part])
+                pixels = torch.stack(
+                    [preprocess(open_image(r.image), data.image_size, data.fit) for r in part]
+                )
                 _write(path, family.encode_image(pixels))
             advance(len(part))
         for key, texts in prompt_shards:

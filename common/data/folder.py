@@ -30,7 +30,9 @@ def read_folder(folder: Path, table: str = "images.csv", *, unit: str = "patient
     """
     path = folder / table
     if not path.is_file():
-        raise BadInput(f"{path}: no such file; the data folder needs a CSV with columns image, caption, patient")
+        raise BadInput(
+            f"{path}: no such file; the data folder needs a CSV with columns image, caption, patient"
+        )
     columns, rows = _read_rows(path)
     for column in (*REQUIRED, *(["patient"] if unit == "patient" else [])):
         if column not in columns:
@@ -44,7 +46,9 @@ def read_folder(folder: Path, table: str = "images.csv", *, unit: str = "patient
         if not image:
             raise BadInput(f"{path}, row {number}: the image is empty; name its file or remove the row")
         if not row["caption"]:
-            raise BadInput(f"{path}, row {number}: the caption of {image} is empty; write one or remove the row")
+            raise BadInput(
+                f"{path}, row {number}: the caption of {image} is empty; write one or remove the row"
+            )
         # One file has one patient and one site, however its path is written.
         file_path = (folder / image).resolve()
         known = first.setdefault(file_path, (number, row))[1]
@@ -73,7 +77,9 @@ def read_folder(folder: Path, table: str = "images.csv", *, unit: str = "patient
         patient = row["patient"] if unit == "patient" else image
         if not patient:
             raise BadInput(f"{path}, row {number}: the patient of {image} is empty; fill it in")
-        records.append(Record(patient, file_path, tuple(captions[file_path]), row.get("site") or None, labels))
+        records.append(
+            Record(patient, file_path, tuple(captions[file_path]), row.get("site") or None, labels)
+        )
     if not records:
         raise BadInput(f"{path}: has no rows; add at least one image")
     one_site_each(records, str(path))
@@ -96,7 +102,9 @@ def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 text ({error.reason}); save the table as UTF-8") from error
     except csv.Error as error:
-        raise BadInput(f"{path}: not a CSV table ({error}); write it again as comma-separated text") from error
+        raise BadInput(
+            f"{path}: not a CSV table ({error}); write it again as comma-separated text"
+        ) from error
 
 
 def one_site_each(records: list[Record], source: str) -> None:
@@ -109,7 +117,8 @@ def one_site_each(records: list[Record], source: str) -> None:
     for record in records:
         if home.setdefault(record.patient, record.site) != record.site:
             raise BadInput(
-                f"{source}: patient {record.patient} is on two sites, {home[record.patient]} and {record.site}; "
+                f"{source}: patient {record.patient} is on two sites, {home[record.patient]} and "
+                f"{record.site}; "
                 "give each patient one site"
             )
 
@@ -118,10 +127,13 @@ def open_image(path: Path) -> Image.Image:
     """Decode an image file to RGB.
 
     Raises:
-        BadInput: The file is not an image that can be read whole.
+        BadInput: The file is not an image that can be read whole, or holds more than 8 bits a pixel.
     """
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                # Pillow would cut every value above 255 to white.
+                raise BadInput(f"{path}: more than 8 bits a pixel ({image.mode}); save it with 8 bits")
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: unreadable image ({error}); replace the file or remove its row") from error

@@ -119,7 +119,12 @@ def in_batches(items: list[Any], size: int) -> Iterable[list[Any]]:
 
 
 def load_family(
-    settings: GeneratorSettings, image_size: int, vae: Path | None, *, device: str = "cpu", encoders: bool = True
+    settings: GeneratorSettings,
+    image_size: int,
+    vae: Path | None,
+    *,
+    device: str = "cpu",
+    encoders: bool = True,
 ) -> Family:
     """Load a generator with its public base.
 

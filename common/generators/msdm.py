@@ -110,9 +110,13 @@ class Msdm:
         text = resolve(settings.text_encoder, settings.text_encoder_revision, "generator.text_encoder")
         if encoders and vae is not None:
             self.base_hash = hash_base(vae, text, settings.max_tokens)
-            self.vae = AutoencoderKL.from_pretrained(vae, use_safetensors=True, low_cpu_mem_usage=False).to(device)
+            self.vae = AutoencoderKL.from_pretrained(vae, use_safetensors=True, low_cpu_mem_usage=False).to(
+                device
+            )
             self.tokenizer = AutoTokenizer.from_pretrained(text, model_max_length=settings.max_tokens)
-            self.text_encoder = AutoModel.from_pretrained(text, use_safetensors=True, trust_remote_code=False).to(device)
+            self.text_encoder = AutoModel.from_pretrained(
+                text, use_safetensors=True, trust_remote_code=False
+            ).to(device)
             # StableDiffusionPipeline passes the padding mask to the encoder only if it says so.
             self.text_encoder.config.use_attention_mask = True
             for frozen in (self.vae, self.text_encoder):

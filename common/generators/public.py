@@ -41,7 +41,9 @@ def resolve(source: str, revision: str | None, field: str) -> Path:
     if Path(source).exists():
         return Path(source)
     if source.startswith((".", "/")) or source.count("/") != 1:
-        raise BadInput(f'`{field} = "{source}"`: neither a path that exists nor a Hugging Face id (owner/name)')
+        raise BadInput(
+            f'`{field} = "{source}"`: neither a path that exists nor a Hugging Face id (owner/name)'
+        )
     return _snapshot(source, revision, field)
 
 

@@ -18,7 +18,13 @@ from polyclinic.common.refusals import BadInput, Refusal
 # (sigma, q, steps): noise standard deviation in units of C, sampling rate, number of steps.
 History = tuple[tuple[float, float, int], ...]
 
-RDP_ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(12, 64)) + [64 * 2 ** (x / 4) for x in range(17)]
+# Whole numbers from 12 on: Opacus's series for fractional orders cancels to nonsense at large ones, and
+# ended in a negative epsilon for sigma above 20.
+RDP_ORDERS = [
+    *(1 + x / 10 for x in range(1, 100)),
+    *range(12, 64),
+    *(round(64 * 2 ** (x / 4)) for x in range(17)),
+]
 MAX_SIGMA = 1e4
 
 

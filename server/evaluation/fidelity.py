@@ -8,6 +8,7 @@ facts/evaluation.md; tests compare them with torchmetrics and with plain loops.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -220,10 +221,18 @@ def floor(reference: Tensor, groups: Sequence[str], key: str, n: int, metric: Me
 
 
 def _halves(groups: Sequence[str], key: str) -> tuple[list[int], list[int]]:
-    """Split rows into two halves by a keyed hash of their group."""
-    side = {group: position(group, key) < 0.5 for group in set(groups)}
+    """Deal whole groups, in the order of their keyed hash, to the half with fewer rows so far.
+
+    Dealing keeps the halves equal where a few patients hold many images. The reference is public, so
+    a patient's half may depend on the others.
+    """
+    sizes = Counter(groups)
+    load, side = [0, 0], {}
+    for group in sorted(sizes, key=lambda g: (position(g, key), g)):
+        side[group] = int(load[1] < load[0])
+        load[side[group]] += sizes[group]
     rows = range(len(groups))
-    return [i for i in rows if side[groups[i]]], [i for i in rows if not side[groups[i]]]
+    return [i for i in rows if side[groups[i]] == 0], [i for i in rows if side[groups[i]] == 1]
 
 
 def _whole_groups(rows: Sequence[int], groups: Sequence[str], n: int, key: str) -> list[int]:

@@ -61,7 +61,9 @@ class Judge:
         features: Folder in which reference features are kept by hash.
     """
 
-    def __init__(self, run_dir: Path, resolved: Resolved, reference: Reference, vae: Path, features: Path) -> None:
+    def __init__(
+        self, run_dir: Path, resolved: Resolved, reference: Reference, vae: Path, features: Path
+    ) -> None:
         self.run_dir, self.resolved, self.study = run_dir, resolved, resolved.study
         self.reference, self.vae, self.folder = reference, vae, features
         self._family: Family | None = None
@@ -178,7 +180,9 @@ def sample(family: Family, study: Any, wanted: list[tuple[str, int]], label: str
     images: list[Tensor] = []
     with track(label, len(wanted)) as advance, torch.no_grad():
         for batch in in_batches(wanted, settings.batch_size):
-            seeds = [hashlib.sha256(f"{settings.seed}|{text}|{draw}".encode()).digest() for text, draw in batch]
+            seeds = [
+                hashlib.sha256(f"{settings.seed}|{text}|{draw}".encode()).digest() for text, draw in batch
+            ]
             generators = [torch.Generator().manual_seed(int.from_bytes(s[:7], "big")) for s in seeds]
             output = pipeline(
                 prompt=[text for text, _ in batch],

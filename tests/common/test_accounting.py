@@ -75,7 +75,9 @@ def test_what_no_noise_can_meet_is_bad_input() -> None:
         calibrate(1e-6, 1e-5, 1.0, 1000)
 
 
-@pytest.mark.parametrize(("which", "value"), [("epsilon_rdp", 1.0), ("epsilon_pld", 9.0), ("epsilon_prv", float("nan"))])
+@pytest.mark.parametrize(
+    ("which", "value"), [("epsilon_rdp", 1.0), ("epsilon_pld", 9.0), ("epsilon_prv", float("nan"))]
+)
 def test_accountants_out_of_order_are_refused(
     monkeypatch: pytest.MonkeyPatch, which: str, value: float
 ) -> None:

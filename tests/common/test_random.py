@@ -32,7 +32,15 @@ def test_different_names_are_different_streams(one: list[str], other: list[str])
 
 def test_names_cannot_run_into_each_other() -> None:
     random = KeyedRandom(KEY)
-    names: list[tuple[str | int, ...]] = [("a", "bc"), ("ab", "c"), ("a|1:b", "c"), ("a", "b", "c"), ("abc",), (1, 11), (11, 1)]
+    names: list[tuple[str | int, ...]] = [
+        ("a", "bc"),
+        ("ab", "c"),
+        ("a|1:b", "c"),
+        ("a", "b", "c"),
+        ("abc",),
+        (1, 11),
+        (11, 1),
+    ]
     assert len({random.stream(*name).uniform(1)[0] for name in names}) == len(names)
 
 

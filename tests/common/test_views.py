@@ -67,7 +67,9 @@ def test_views_show_only_the_patients_own_images_and_captions(cached: Cached) ->
         for place, position in enumerate(chosen):
             for view in range(4):
                 mean = views.image["mean"][place, view]
-                row = next(r for r in range(len(cached.captions)) if torch.equal(cached.image["mean"][r], mean))
+                row = next(
+                    r for r in range(len(cached.captions)) if torch.equal(cached.image["mean"][r], mean)
+                )
                 assert row in cached.images[position]
                 assert torch.equal(views.image["std"][place, view], cached.image["std"][row])
                 shown = views.prompt["states"][place, view]

@@ -1,0 +1,270 @@
+"""A round at a site, end to end on drawn images: PRIVACY.md, rules 9, 12 and 14, over the wire."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from polyclinic.client import training
+from polyclinic.client.app import SIMULATED_SITES, app
+from polyclinic.client.ledger import open_ledger, read_lines
+from polyclinic.client.training import answer_round
+from polyclinic.common.generators.base import Tensors
+from polyclinic.common.privacy.accounting import claim
+from polyclinic.common.privacy.clipping import TAU
+from polyclinic.common.refusals import REASONS, Refusal
+from polyclinic.common.wire import RoundOrder, check_like, order_records, read_reply, unpack_reply
+
+PLAIN = {"privacy": {"enabled": False}}
+SECRET = "patient-07 has a polyp"
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> Iterator[None]:
+    """Say which task this is, as Flower does; and leave nothing behind."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 2, 1, 2
+    yield
+
+
+def kinds(home: Path) -> list[str]:
+    return [line["kind"] for line in read_lines(home)]
+
+
+def ask(site: Any, number: int = 1, state: Tensors | None = None, *, late: bool = False) -> bytes:
+    return answer_round(site.home, site.order(number), state or site.state, in_time=lambda: not late)
+
+
+def over_wire(home: Path | None, content: RecordDict, *, ttl: float = 60.0, config: Any = None) -> Message:
+    message = Message(content, dst_node_id=2, message_type="train", group_id="1", ttl=ttl)
+    message.metadata.__dict__["_message_id"] = "m"
+    node = {"home": str(home)} if config is None else config
+    return app(message, Context(run_id=1, node_id=2, node_config=node, state=RecordDict(), run_config={}))
+
+
+def never(*_: Any, **__: Any) -> None:
+    raise AssertionError("trained again")
+
+
+def fault(*_: Any, **__: Any) -> None:
+    raise RuntimeError(SECRET)
+
+
+def test_private_round_is_charged_stored_and_repeated_byte_for_byte(
+    make_site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site()
+    approval = site.approve()
+    reply = ask(site)
+    difference, facts = unpack_reply(reply)
+    check_like(difference, site.state)
+    assert all(bool(tensor.any()) for tensor in difference.values())
+    assert kinds(site.home) == ["open", "earmark", "reserve", "settle"]
+    line = read_lines(site.home)[2]
+    assert (line["sigma"], line["rate"], line["steps"], line["tau"]) == (approval.sigma, 0.5, 2, TAU)
+    assert facts.epsilon == claim(((approval.sigma, 0.5, 2),), 1e-3)
+    assert (facts.ledger_sequence, facts.ledger_hash) == (2, line["hash"])
+    assert (facts.sigma, facts.clip, facts.divisor, facts.tau, facts.steps) == (approval.sigma, 1.0, 6.0, TAU, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_train", never)
+        assert ask(site) == reply
+        assert ask(site, late=True) == reply  # sending stored bytes costs nothing, even late
+        other = {**site.state, "conv_out.bias": site.state["conv_out.bias"] + 1}
+        with pytest.raises(Refusal, match="round-already-answered"):
+            ask(site, state=other)
+    assert kinds(site.home) == ["open", "earmark", "reserve", "settle"]
+
+    # A reply that was stored before its settle line was written is sent, and settled now.
+    path = site.home / "ledger.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
+    (site.home / "ledger.head").unlink()
+    assert ask(site) == reply
+    assert kinds(site.home) == ["open", "earmark", "reserve", "settle"]
+
+    # A killed attempt left a reservation and nothing else: used again, with fresh randomness.
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
+    (site.home / "ledger.head").unlink()
+    shutil.rmtree(site.home / "replies")
+    again, facts_again = unpack_reply(ask(site))
+    assert kinds(site.home) == ["open", "earmark", "reserve", "settle"]
+    assert facts_again == facts
+    assert not any(torch.equal(again[name], difference[name]) for name in difference)
+
+    assert unpack_reply(ask(site, 2))[1].epsilon == claim(((approval.sigma, 0.5, 4),), 1e-3)
+
+
+def test_what_is_refused_before_training_spends_nothing(make_site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = make_site()
+    with pytest.raises(Refusal, match="not-approved"):
+        ask(site)
+    site.approve()
+    monkeypatch.setattr(training, "_train", never)
+    with pytest.raises(Refusal, match="round-too-late"):
+        ask(site, late=True)
+    for number in (0, 4, -1):
+        with pytest.raises(Refusal, match="bad-message"):
+            ask(site, number)
+    first = next(iter(site.state))
+    for odd in (
+        {name: t for name, t in site.state.items() if name != first},
+        {**site.state, first: site.state[first] * torch.nan},
+        {**site.state, first: site.state[first].flatten()[:1]},
+    ):
+        with pytest.raises(Refusal, match="bad-state"):
+            ask(site, state=odd)
+    shutil.rmtree(site.home / "cache")
+    with pytest.raises(Refusal, match="site-not-ready"):
+        ask(site)
+    assert kinds(site.home) == ["open", "earmark"]
+
+
+@pytest.mark.parametrize("where", ["_train", "_facts", "pack_reply"])
+def test_a_seen_failure_is_spent_and_its_text_stays_at_the_site(
+    make_site: Any, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    site = make_site()
+    site.approve()
+    with monkeypatch.context() as patch:
+        if where != "_train":
+            patch.setattr(training, "_train", lambda *_: site.state)
+        patch.setattr(training, where, fault)
+        reply = over_wire(site.home, order_records(site.order(), site.state))
+    assert reply.error.code == REASONS["site-fault"].code
+    assert reply.error.reason == f"site-fault: {REASONS['site-fault'].cause}"
+    assert SECRET in (site.home / "site.log").read_text()
+    assert (site.home / "site.log").stat().st_mode & 0o077 == 0
+    assert kinds(site.home) == ["open", "earmark", "reserve", "spent"]
+    with open_ledger(site.home) as ledger:
+        assert ledger.history(ledger.lines[1]["approval"])[0][2] == 2
+    again = over_wire(site.home, order_records(site.order(), site.state))
+    assert again.error.code == REASONS["round-already-answered"].code
+
+
+def test_nothing_leaves_even_where_the_log_cannot_be_written(tmp_path: Path, make_site: Any) -> None:
+    site = make_site()
+    content = order_records(site.order(), site.state)
+    gone = over_wire(tmp_path / SECRET / "gone", content)
+    (site.home / "site.log").mkdir()  # as good as a full disk
+    unwritable = over_wire(site.home, content)
+    nobody = over_wire(None, content, config={})
+    for reply, reason in ((gone, "not-approved"), (unwritable, "not-approved"), (nobody, "site-fault")):
+        assert reply.error.reason == f"{reason}: {REASONS[reason].cause}"
+
+
+def test_reply_over_the_wire_is_the_closed_schema(make_site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = make_site()
+    site.approve()
+    reply = over_wire(site.home, order_records(site.order(), site.state))
+    assert not reply.has_error()
+    difference, facts = read_reply(reply.content, site.state)
+    stored = unpack_reply(next((site.home / "replies").iterdir()).read_bytes())
+    assert facts == stored[1]
+    assert all(torch.equal(difference[name], stored[0][name]) for name in difference)
+    text = str(asdict(facts))
+    assert "patient-" not in text
+    assert str(site.home) not in text
+
+
+def test_expired_message_is_refused_before_anything_is_spent(make_site: Any) -> None:
+    site = make_site()
+    site.approve()
+    content = order_records(site.order(), site.state)
+    message = Message(content, dst_node_id=2, message_type="train", group_id="1", ttl=0.01)
+    message.metadata.__dict__["_message_id"] = "m"
+    time.sleep(0.05)
+    config = {"home": str(site.home)}
+    reply = app(message, Context(run_id=1, node_id=2, node_config=config, state=RecordDict(), run_config={}))
+    assert reply.error.code == REASONS["round-too-late"].code
+    assert kinds(site.home) == ["open", "earmark"]
+
+
+@pytest.mark.parametrize(
+    ("tables", "policy", "code"),
+    [
+        (PLAIN, "", "not-private-forbidden"),
+        (PLAIN | {"training": {"test_key": "k"}}, "allow_not_private = true\n", "test-randomness-forbidden"),
+        ({}, "min_sigma = 50.0\n", "policy-forbids"),
+    ],
+)
+def test_study_the_policy_forbids_is_refused_over_the_wire_whatever_the_message_says(
+    make_site: Any, tables: Any, policy: str, code: str
+) -> None:
+    site = make_site(policy, **tables)
+    with pytest.raises(Refusal, match=code):
+        site.approve()
+    # Approved while the policy allowed it; then the site closed its policy.
+    opened = "allow_not_private = true\nallow_test_randomness = true\n"
+    strict = (site.home / "policy.toml").read_text()
+    lines = [line for line in strict.splitlines() if not line.startswith(("allow", "min_sigma"))]
+    (site.home / "policy.toml").write_text("\n".join(lines) + "\n" + opened)
+    site.approve()
+    (site.home / "policy.toml").write_text(strict)
+    said = {**asdict(site.order()), "allow_not_private": True, "allow_test_randomness": True, "sigma": 0.0}
+    sly = order_records(site.order(), site.state)
+    sly["round"] = ConfigRecord(said)
+    assert over_wire(site.home, sly).error.code == REASONS["bad-message"].code
+    honest = over_wire(site.home, order_records(site.order(), site.state))
+    assert honest.error.code == REASONS["approval-drift"].code
+    # Even an approval that was made to fit by hand does not open the policy.
+    path = site.home / "approvals" / f"{site.resolved.hash}.json"
+    path.write_text(path.read_text().replace(_sha(lines, opened), _sha_file(site.home / "policy.toml")))
+    assert over_wire(site.home, order_records(site.order(), site.state)).error.code == REASONS[code].code
+    assert "reserve" not in kinds(site.home)
+
+
+def _sha(lines: list[str], opened: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(("\n".join(lines) + "\n" + opened).encode()).hexdigest()
+
+
+def _sha_file(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_plain_round_says_infinity_and_test_randomness_repeats(make_site: Any) -> None:
+    site = make_site(
+        "allow_not_private = true\nallow_test_randomness = true\n", **PLAIN, training={"test_key": "k"}
+    )
+    site.approve()
+    reply = ask(site)
+    facts = unpack_reply(reply)[1]
+    assert facts.epsilon == float("inf")
+    assert (facts.sigma, facts.tau, facts.clip) == (0.0, 0.0, float("inf"))
+    lines = (site.home / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (site.home / "ledger.jsonl").write_bytes(b"".join(lines[:3]))
+    (site.home / "ledger.head").unlink()
+    shutil.rmtree(site.home / "replies")
+    assert ask(site) == reply
+    site.resolved = site.resolved.model_copy(
+        update={"study": site.resolved.study.model_copy(update={"name": "other"})}
+    )
+
+
+def test_a_hospital_does_not_say_its_folders_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def query(config: dict[str, Any]) -> Message:
+        message = Message(RecordDict(), dst_node_id=2, message_type="query.name", group_id="names")
+        message.metadata.__dict__["_message_id"] = "m"
+        return app(message, Context(run_id=1, node_id=2, node_config=config, state=RecordDict(), run_config={}))
+
+    monkeypatch.delenv(SIMULATED_SITES, raising=False)
+    assert query({"home": str(tmp_path / "ward-7")}).error.code == REASONS["bad-message"].code
+    monkeypatch.setenv(SIMULATED_SITES, f"{tmp_path}/a:{tmp_path}/b")
+    assert query({"home": str(tmp_path / "ward-7")}).error.code == REASONS["bad-message"].code
+    assert query({"partition-id": 1}).content["name"]["site"] == "b"
+
+
+def test_order_for_an_unknown_study_reveals_nothing(make_site: Any) -> None:
+    site = make_site()
+    site.approve()
+    for name, code in (("0" * 64, "not-approved"), ("../secret", "bad-message")):
+        reply = over_wire(site.home, order_records(RoundOrder(1, name), site.state))
+        assert reply.error.reason == f"{code}: {REASONS[code].cause}"
