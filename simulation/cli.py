@@ -58,7 +58,11 @@ def _reference(arguments: argparse.Namespace) -> None:
 
     records = make_federation(load_study(arguments.study), arguments.home, arguments.data).reference
     write_reference(records, arguments.out)
-    show(arguments, {"out": str(arguments.out), "images": len(records)}, f"{arguments.out}: {len(records)} images")
+    show(
+        arguments,
+        {"out": str(arguments.out), "images": len(records)},
+        f"{arguments.out}: {len(records)} images",
+    )
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -61,7 +61,9 @@ def test_each_limit_has_its_code(make_study: Any, tables: Any, limits: Any, code
 
 
 def test_at_the_limits_a_study_is_allowed(make_study: Any) -> None:
-    check_study(OPEN.model_copy(update={"max_rounds": 3, "max_steps": 6}), make_study(privacy={"delta": 1 / 121}))
+    check_study(
+        OPEN.model_copy(update={"max_rounds": 3, "max_steps": 6}), make_study(privacy={"delta": 1 / 121})
+    )
     check_study(OPEN, make_study(privacy={"enabled": False}, training={"test_key": "k"}))
 
 

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from polyclinic.client import training
 from polyclinic.client.app import SIMULATED_SITES, app
 from polyclinic.client.ledger import open_ledger, read_lines
 from polyclinic.client.training import answer_round
+from polyclinic.common.files import sha256_file
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.privacy.clipping import TAU
@@ -27,10 +27,9 @@ SECRET = "patient-07 has a polyp"
 
 
 @pytest.fixture(autouse=True)
-def _identity() -> Iterator[None]:
-    """Say which task this is, as Flower does; and leave nothing behind."""
+def _identity() -> None:
+    """Say which task this is, as Flower does."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 2, 1, 2
-    yield
 
 
 def kinds(home: Path) -> list[str]:
@@ -70,7 +69,13 @@ def test_private_round_is_charged_stored_and_repeated_byte_for_byte(
     assert (line["sigma"], line["rate"], line["steps"], line["tau"]) == (approval.sigma, 0.5, 2, TAU)
     assert facts.epsilon == claim(((approval.sigma, 0.5, 2),), 1e-3)
     assert (facts.ledger_sequence, facts.ledger_hash) == (2, line["hash"])
-    assert (facts.sigma, facts.clip, facts.divisor, facts.tau, facts.steps) == (approval.sigma, 1.0, 6.0, TAU, 2)
+    assert (facts.sigma, facts.clip, facts.divisor, facts.tau, facts.steps) == (
+        approval.sigma,
+        1.0,
+        6.0,
+        TAU,
+        2,
+    )
     with monkeypatch.context() as patch:
         patch.setattr(training, "_train", never)
         assert ask(site) == reply
@@ -99,7 +104,9 @@ def test_private_round_is_charged_stored_and_repeated_byte_for_byte(
     assert unpack_reply(ask(site, 2))[1].epsilon == claim(((approval.sigma, 0.5, 4),), 1e-3)
 
 
-def test_what_is_refused_before_training_spends_nothing(make_site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused_before_training_spends_nothing(
+    make_site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site = make_site()
     with pytest.raises(Refusal, match="not-approved"):
         ask(site)
@@ -203,7 +210,7 @@ def test_study_the_policy_forbids_is_refused_over_the_wire_whatever_the_message_
     strict = (site.home / "policy.toml").read_text()
     lines = [line for line in strict.splitlines() if not line.startswith(("allow", "min_sigma"))]
     (site.home / "policy.toml").write_text("\n".join(lines) + "\n" + opened)
-    site.approve()
+    approval = site.approve()
     (site.home / "policy.toml").write_text(strict)
     said = {**asdict(site.order()), "allow_not_private": True, "allow_test_randomness": True, "sigma": 0.0}
     sly = order_records(site.order(), site.state)
@@ -213,21 +220,9 @@ def test_study_the_policy_forbids_is_refused_over_the_wire_whatever_the_message_
     assert honest.error.code == REASONS["approval-drift"].code
     # Even an approval that was made to fit by hand does not open the policy.
     path = site.home / "approvals" / f"{site.resolved.hash}.json"
-    path.write_text(path.read_text().replace(_sha(lines, opened), _sha_file(site.home / "policy.toml")))
+    path.write_text(path.read_text().replace(approval.policy_hash, sha256_file(site.home / "policy.toml")))
     assert over_wire(site.home, order_records(site.order(), site.state)).error.code == REASONS[code].code
     assert "reserve" not in kinds(site.home)
-
-
-def _sha(lines: list[str], opened: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(("\n".join(lines) + "\n" + opened).encode()).hexdigest()
-
-
-def _sha_file(path: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_plain_round_says_infinity_and_test_randomness_repeats(make_site: Any) -> None:
@@ -244,16 +239,15 @@ def test_plain_round_says_infinity_and_test_randomness_repeats(make_site: Any) -
     (site.home / "ledger.head").unlink()
     shutil.rmtree(site.home / "replies")
     assert ask(site) == reply
-    site.resolved = site.resolved.model_copy(
-        update={"study": site.resolved.study.model_copy(update={"name": "other"})}
-    )
 
 
 def test_a_hospital_does_not_say_its_folders_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def query(config: dict[str, Any]) -> Message:
         message = Message(RecordDict(), dst_node_id=2, message_type="query.name", group_id="names")
         message.metadata.__dict__["_message_id"] = "m"
-        return app(message, Context(run_id=1, node_id=2, node_config=config, state=RecordDict(), run_config={}))
+        return app(
+            message, Context(run_id=1, node_id=2, node_config=config, state=RecordDict(), run_config={})
+        )
 
     monkeypatch.delenv(SIMULATED_SITES, raising=False)
     assert query({"home": str(tmp_path / "ward-7")}).error.code == REASONS["bad-message"].code

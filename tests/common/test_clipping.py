@@ -37,10 +37,10 @@ def select(views: Views, rows: list[int]) -> Views:
 
 
 def patient_gradient(family: Family, views: Views, patient: int) -> Tensor:
-    """Gradient of the plain mean loss of one patient's views, one float64 vector; shares no code with ours."""
+    """Gradient of the plain mean loss of one patient's views, float64; shares no code with ours."""
     family.module.zero_grad()
     one = Views.of({name: tensor[patient] for name, tensor in views.tensors().items()})
-    family.view_losses(one).mean().backward()
+    torch.autograd.backward(family.view_losses(one).mean())
     return torch.cat(
         [p.grad.double().flatten() for _, p in sorted(family.module.named_parameters()) if p.grad is not None]
     )

@@ -92,25 +92,19 @@ def _is_v(family: Msdm) -> bool:
 # ---------------------------------------------------------------- sizes
 
 
-@pytest.mark.xfail(
-    strict=True, reason="406.5 M: diffusers' blocks hold feed-forward parts; see the docstring of msdm.py"
-)
-def test_msdm_has_the_released_number_of_parameters() -> None:
-    assert _parameters("msdm", 256) == pytest.approx(RELEASED_PARAMETERS, rel=0.03)
-
-
-def test_msdm_has_the_released_widths_and_is_larger_by_no_more_than_its_feed_forward_parts() -> None:
+def test_msdm_has_about_the_released_number_of_parameters_at_the_released_widths() -> None:
     family = load_family(GeneratorSettings(), 256, None, device="meta", encoders=False)
-    total = sum(p.numel() for p in family.module.parameters())
-    feed_forward = sum(p.numel() for name, p in family.module.named_parameters() if ".ff." in name)
-    assert (total, feed_forward) == (406_461_448, 95_248_128)
-    assert total - feed_forward < RELEASED_PARAMETERS < total
+    assert (
+        sum(p.numel() for p in family.module.parameters()) == 310_217_480
+    )  # MiniLM is 384 wide; a 768-wide encoder makes it 312.3 M
+    assert _parameters("msdm", 256) == pytest.approx(RELEASED_PARAMETERS, rel=0.06)
     config: Any = family.module.config
     assert (config.block_out_channels, config.cross_attention_dim) == ((256, 512, 1024), 1024)
     assert (config.sample_size, config.layers_per_block, config.norm_num_groups) == (32, 2, 32)
     assert all("CrossAttn" in kind for kind in (*config.down_block_types, *config.up_block_types))
     attentions = [m for m in family.module.modules() if type(m).__name__ == "Attention"]
-    assert {m.heads for m in attentions} == {8}
+    assert {m.heads for m in attentions} == {4, 8, 16}
+    assert not [name for name, _ in family.module.named_parameters() if ".ff." in name]
     assert {type(m).__name__ for m in family.module.modules()}.isdisjoint({"BatchNorm2d"})
     assert all(m.p == 0 for m in family.module.modules() if isinstance(m, torch.nn.Dropout))
 
@@ -292,7 +286,7 @@ def test_training_attention_alone_freezes_the_rest(tiny_vae: Path) -> None:
     assert set(trainable_state(family.module)) == chosen
     before = {name: p.detach().clone() for name, p in family.module.named_parameters()}
     optimizer = torch.optim.AdamW(family.module.parameters(), lr=1e-3)
-    family.view_losses(_views(4)).mean().backward()
+    family.view_losses(_views(4)).mean().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     for name, parameter in family.module.named_parameters():
         assert torch.equal(parameter, before[name]) == (name not in chosen), name
@@ -301,7 +295,7 @@ def test_training_attention_alone_freezes_the_rest(tiny_vae: Path) -> None:
 def test_everything_is_trained_by_default(tiny_vae: Path) -> None:
     family = _tiny(tiny_vae)
     assert set(trainable(family.module)) == {name for name, _ in family.module.named_parameters()}
-    family.view_losses(_views(4)).mean().backward()
+    family.view_losses(_views(4)).mean().backward()  # type: ignore[no-untyped-call]
     for name, parameter in family.module.named_parameters():
         assert parameter.grad is not None, name
         assert float(parameter.grad.abs().sum()) > 0, name

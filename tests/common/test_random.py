@@ -1,5 +1,8 @@
 """PRIVACY.md, rule 1, at its root: named streams of one key, and what they are distributed like."""
 
+import hashlib
+import hmac
+
 import numpy as np
 import pytest
 import torch
@@ -47,9 +50,6 @@ def test_names_cannot_run_into_each_other() -> None:
 def test_uniform_is_the_top_53_bits_of_the_keystream() -> None:
     random = KeyedRandom(KEY)
     stream = random.stream("x")
-    import hashlib
-    import hmac
-
     derived = hmac.new(KEY, b"1:x", hashlib.sha256).digest()
     raw = Cipher(algorithms.AES(derived), modes.CTR(bytes(16))).encryptor().update(bytes(80))
     want = [(int.from_bytes(raw[i : i + 8], "little") >> 11) / 2**53 for i in range(0, 80, 8)]

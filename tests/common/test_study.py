@@ -70,7 +70,7 @@ def test_file_is_read_and_bounds_are_where_they_should_be(tmp_path: Path) -> Non
     assert study.total_steps == study.training.rounds * study.training.steps_per_round == 200
 
 
-CASES = {
+CASES: dict[str, tuple[str | bytes, str]] = {
     "unknown field": (
         STUDY + "[privacy]\nepsilom = 8.0\n",
         "unknown field `privacy.epsilom`; remove it or correct its spelling",
@@ -258,7 +258,7 @@ def test_every_single_value_moves_the_hash() -> None:
     assert len(leaves) > 80
     for path in leaves:
         changed = copy.deepcopy(whole)
-        place = changed
+        place: Any = changed
         for key in path[:-1]:
             place = place[key]
         place[path[-1]] = _other(place[path[-1]])

@@ -16,6 +16,7 @@ from polyclinic.common.study import Study, parse_study
 from polyclinic.server.plan import Plan, plan, words
 from polyclinic.server.plan_advice import advise, rough_tokens
 from polyclinic.server.report.metrics import total
+from polyclinic.server.report.wording import number
 
 # Sixteen prompts a value, 512 images: a study without a warning.
 PROMPTS = [
@@ -73,7 +74,7 @@ def test_bytes_are_those_of_the_real_trainable_state(planned: Plan, real: Msdm) 
 
 def test_flops_are_those_of_a_direct_count_on_the_cpu(planned: Plan, real: Msdm) -> None:
     def step() -> None:
-        real.view_losses(real.synthetic_views(1)).sum().backward()
+        real.view_losses(real.synthetic_views(1)).sum().backward()  # type: ignore[no-untyped-call]
 
     assert planned.view_flops == count_flops(step)
     assert planned.forward_flops == _forward_by_hand(real)
@@ -203,8 +204,11 @@ def test_words_say_everything_once(planned: Plan) -> None:
     north, south = planned.sites
     assert "patient-level" in text
     assert "PRV accountant, checked against PLD from below and RDP from above" in text
-    assert f"north: epsilon 8 at delta 1e-5 (PLD 7.98, RDP 8.79), sigma {north.sigma:.4g}" in text
-    assert f"south: epsilon 4 at delta 1e-5 (PLD 3.99, RDP 4.41), sigma {south.sigma:.4g}" in text
+    for site, target in ((north, 8), (south, 4)):
+        checks = (
+            f"(PLD {number(site.epsilon_pld)}, RDP {number(site.epsilon_rdp)}), sigma {number(site.sigma, 4)}"
+        )
+        assert f"{site.name}: epsilon {target} at delta 1e-5 {checks}" in text
     assert "a step expects 120 of 600 patients, 480 views" in text
     assert "5 rounds x 8 steps = 40 steps a site" in text
     assert "network: 16.4 MB down and 16.4 MB up a round and site" in text
