@@ -83,7 +83,11 @@ class WarmStartTraining(Section):
     batch_size: int = Field(32, ge=1, description="views a step")
     learning_rate: float = Field(5e-4, gt=0, description="peak of a OneCycle schedule")
     ema: float = Field(0.99, ge=0, lt=1, description="decay a step")
-    augment_flip: bool = Field(False, description="mirror images left to right; only where anatomy allows it")
+    captions: Literal["own", "shuffled"] = Field(
+        "own",
+        description="shuffled: an image is shown with any caption of the reference, as if it had none of its "
+        "own; the start then draws the right kind of image but not what a prompt asks for",
+    )
     seed: int = Field(0, ge=0, description="public: only public images are touched")
 
 
@@ -115,7 +119,11 @@ class GeneratorSettings(Section):
     loss: Literal["l1", "mse"] = "l1"
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; none by default")
     prompt_dropout: float = Field(0.2, ge=0, lt=1, description="share of views whose whole prompt is dropped")
-    train: Literal["all", "attention"] = Field("all", description="which UNet parameters are trained")
+    train: Literal["all", "attention", "conditioning"] = Field(
+        "all",
+        description="which UNet parameters are trained: all, the attention blocks with the text path, or only "
+        "the text path (text keys and values, text projection, pooled text)",
+    )
     init_seed: int = Field(0, ge=0, description="seed of the untrained UNet; weights are public")
     vae_training: VaeTraining = VaeTraining()
     warm_start_training: WarmStartTraining = WarmStartTraining()
@@ -263,10 +271,10 @@ class Study(Section):
             raise ValueError(
                 "training.test_key fixes the randomness: allowed only with privacy.enabled = false"
             )
-        if self.generator.train == "attention" and self.generator.warm_start == "none":
+        if self.generator.train != "all" and self.generator.warm_start == "none":
             # The output layer starts at zero; frozen there, the generator could never learn anything.
             raise ValueError(
-                'generator.train = "attention" needs a generator.warm_start: '
+                f'generator.train = "{self.generator.train}" needs a generator.warm_start: '
                 "what is frozen would stay untrained"
             )
         if self.federation.quorum and self.federation.quorum < self.federation.min_sites:

@@ -152,6 +152,8 @@ def pretrain_generator(
     )
     row_of = {caption: row for row, caption in enumerate(captions)}
     rows = [torch.tensor([row_of[c] for c in record.captions]) for record in records]
+    if settings.captions == "shuffled":
+        rows = [torch.tensor([row_of[c] for c in captions if c])] * len(records)
     torch.manual_seed(settings.seed)
     parameters = trainable(family.module)
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=settings.learning_rate, weight_decay=0.0)

@@ -89,11 +89,22 @@ def build_unet(settings: GeneratorSettings, latent_size: int, latent_channels: i
 
 
 def train_only(unet: nn.Module, part: str) -> None:
-    """Let only the named part of the UNet require gradients: `all` or `attention` (with the text path)."""
+    """Let only one part of the UNet require gradients: `all`, `attention` or `conditioning`.
+
+    Fewer trained parameters meet less noise: its norm grows with the square root of their number.
+    """
+    text = ("encoder_hid_proj.", "add_embedding.")
+    inside = {
+        "all": lambda name: True,
+        "attention": lambda name: ".attentions." in name or name.startswith(text),
+        "conditioning": lambda name: (
+            ".add_k_proj." in name
+            or ".add_v_proj." in name
+            or name.startswith(("encoder_hid_proj.", "add_embedding.proj.", "add_embedding.norm"))
+        ),
+    }[part]
     for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(
-            part == "all" or ".attentions." in name or name.startswith(("encoder_hid_proj", "add_embedding"))
-        )
+        parameter.requires_grad_(inside(name))
 
 
 class Msdm:
@@ -126,8 +137,8 @@ class Msdm:
             ).to(device)
             # StableDiffusionPipeline passes the padding mask to the encoder only if it says so.
             self.text_encoder.config.use_attention_mask = True
-            for frozen in (self.vae, self.text_encoder):
-                frozen.requires_grad_(False).eval()
+            self.vae.eval()
+            self.text_encoder.eval()
         channels, self.scaling = settings.vae_training.latent_channels, 1.0
         if vae is not None:
             vae_config = AutoencoderKL.load_config(vae)
@@ -216,10 +227,17 @@ class Msdm:
         )
 
     def pipeline(self) -> Any:
-        """A StableDiffusionPipeline around a copy of the current weights, ready to sample or to save."""
-        from diffusers import StableDiffusionPipeline
+        """A StableDiffusionPipeline around a copy of the current weights, ready to sample or to save.
 
-        unet = copy.deepcopy(self.module).eval().requires_grad_(False)
+        Its weights say that they require gradients, as freshly loaded ones do: torch's matmul picks its
+        route by that flag even without gradients, and the routes round differently on a CPU. So what
+        is judged here is bit for bit what a person gets who loads the export.
+        """
+        from diffusers import StableDiffusionPipeline
+        from diffusers.utils import logging
+
+        logging.disable_progress_bar()
+        unet = copy.deepcopy(self.module).eval().requires_grad_(True)
         pipeline = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,

@@ -279,7 +279,7 @@ def test_training_attention_alone_freezes_the_rest(tiny_vae: Path) -> None:
     inside = {
         f"{name}.{leaf}"
         for name, module in family.module.named_modules()
-        if type(module).__name__ == "Transformer2DModel" or name in ("encoder_hid_proj", "add_embedding")
+        if type(module).__name__ == "Attention" or name in ("encoder_hid_proj", "add_embedding")
         for leaf, _ in module.named_parameters()
     }
     assert chosen == inside
@@ -350,7 +350,6 @@ def test_export_draws_the_same_images_bit_for_bit_in_plain_diffusers(encoders: M
 def test_the_pipeline_is_a_copy_that_training_does_not_touch(encoders: Msdm) -> None:
     unet = encoders.pipeline().unet
     assert not unet.training
-    assert not any(p.requires_grad for p in unet.parameters())
     assert unet.conv_in.weight.data_ptr() != encoders.module.conv_in.weight.data_ptr()
     assert torch.equal(unet.conv_in.weight, encoders.module.conv_in.weight)
 

@@ -95,9 +95,9 @@ def _forward_by_hand(family: Msdm) -> int:
     def attention(
         module: torch.nn.Module, given: tuple[Any, ...], options: dict[str, Any], output: Any
     ) -> None:
-        queries, width = given[0].shape[1], module.to_q.out_features  # type: ignore[union-attr]
-        keys = options.get("encoder_hidden_states")
-        counted.append(4 * queries * (queries if keys is None else keys.shape[1]) * width)
+        # Image tokens ask image and text tokens at once.
+        queries, width = given[0].flatten(2).shape[2], module.to_q.out_features  # type: ignore[union-attr]
+        counted.append(4 * queries * (queries + options["encoder_hidden_states"].shape[1]) * width)
 
     def pooling(module: torch.nn.Module, given: tuple[Any, ...], output: Any) -> None:
         # One class token asks all tokens and itself.
@@ -193,7 +193,7 @@ def test_msdm_itself_is_planned_without_its_weights() -> None:
     """The released size needs 1.6 GB of weights; a forecast allocates none of them."""
     big = plan(_study(generator={"size": "msdm"}, data={"image_size": 256}, privacy={"enabled": False}))
     assert big.state_bytes == 4 * big.trainable_parameters > 1.2e9
-    assert 3e11 < big.view_flops < 4e11
+    assert 2.5e11 < big.view_flops < 3e11
 
 
 # ---------------------------------------------------------------- words
@@ -211,7 +211,7 @@ def test_words_say_everything_once(planned: Plan) -> None:
         assert f"{site.name}: epsilon {target} at delta 1e-5 {checks}" in text
     assert "a step expects 120 of 600 patients, 480 views" in text
     assert "5 rounds x 8 steps = 40 steps a site" in text
-    assert "network: 16.4 MB down and 16.4 MB up a round and site" in text
+    assert "network: 16.5 MB down and 16.5 MB up a round and site" in text
     assert "178 MFLOP forward and backward, 60 MFLOP of them forward" in text
     assert "Warnings" not in text
     assert max(len(line) for line in text.splitlines()) < 140
