@@ -85,8 +85,8 @@ class WarmStartTraining(Section):
     ema: float = Field(0.99, ge=0, lt=1, description="decay a step")
     captions: Literal["own", "shuffled"] = Field(
         "own",
-        description="shuffled: an image is shown with any caption of the reference, as if it had none of its "
-        "own; the start then draws the right kind of image but not what a prompt asks for",
+        description="shuffled: an image comes with any caption of the reference, as if it had none; "
+        "the start then draws the right kind of image but not what a prompt asks for",
     )
     seed: int = Field(0, ge=0, description="public: only public images are touched")
 
@@ -121,8 +121,8 @@ class GeneratorSettings(Section):
     prompt_dropout: float = Field(0.2, ge=0, lt=1, description="share of views whose whole prompt is dropped")
     train: Literal["all", "attention", "conditioning"] = Field(
         "all",
-        description="which UNet parameters are trained: all, the attention blocks with the text path, or only "
-        "the text path (text keys and values, text projection, pooled text)",
+        description="which UNet parameters are trained: all, the attention blocks with the text path, or "
+        "only the text path (text keys and values, text projection, pooled text)",
     )
     init_seed: int = Field(0, ge=0, description="seed of the untrained UNet; weights are public")
     vae_training: VaeTraining = VaeTraining()
@@ -356,12 +356,9 @@ def load_study(source: str | Path) -> Study:
         except UnicodeDecodeError as error:
             raise BadInput(f"{path}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
     else:
-        packaged = resources.files("polyclinic.common") / "no-studies"
-        for package in ("polyclinic.simulation",):
-            try:
-                packaged = resources.files(package) / "studies" / f"{source}.toml"
-            except ModuleNotFoundError:
-                continue
+        # Package data of another room, if that room is installed: read as a file, never imported.
+        rooms = Path(str(resources.files("polyclinic.common"))).parent
+        packaged = rooms / "simulation" / "studies" / f"{source}.toml"
         if path.suffix or not packaged.is_file():
             raise BadInput(
                 f"{source}: no such study file; give the path of a TOML file, or a packaged study's name"

@@ -27,9 +27,23 @@ from polyclinic.simulation.grid import InProcessGrid, _identify
 
 START = {"a": torch.zeros(3), "b": torch.ones(2, 2)}
 FACTS = ReplyFacts(
-    round=1, sigma=1.0, sampling_rate=0.1, steps=1, clip=1.0, divisor=5.0, tau=1e-4, epsilon=1.5, delta=1e-5,
-    code_version="x", base_hash="x", study_hash="x", approval="x", ledger_sequence=1, ledger_hash="x", flops=1.0,
-)  # fmt: skip
+    round=1,
+    sigma=1.0,
+    sampling_rate=0.1,
+    steps=1,
+    clip=1.0,
+    divisor=5.0,
+    tau=1e-4,
+    epsilon=1.5,
+    delta=1e-5,
+    code_version="x",
+    base_hash="x",
+    study_hash="x",
+    approval="x",
+    ledger_sequence=1,
+    ledger_hash="x",
+    flops=1.0,
+)
 
 
 def resolved(**federation: object) -> Resolved:
@@ -53,7 +67,7 @@ def grid_of(answers: dict[str, Callable[[Message], Message]]) -> InProcessGrid:
     """A grid whose sites answer as given; a site is a ClientApp of its own making."""
     app = ClientApp()
 
-    @app.train()
+    @app.train()  # type: ignore[untyped-decorator]
     def train(message: Message, context: Context) -> Message:
         return answers[Path(str(context.node_config["home"])).name](message)
 
