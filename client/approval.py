@@ -19,7 +19,7 @@ from polyclinic.client.policy import Policy, check_noise, check_study, load_poli
 from polyclinic.common.data.cache import build_cache, snapshot_hash
 from polyclinic.common.data.table import Record
 from polyclinic.common.files import sha256_file, write_atomic
-from polyclinic.common.generators.base import load_family
+from polyclinic.common.generators.base import BaseFiles, load_family
 from polyclinic.common.privacy.accounting import calibrate, claim
 from polyclinic.common.refusals import BadInput, Refusal
 from polyclinic.common.study import Resolved
@@ -36,7 +36,7 @@ class Approval(BaseModel):
         policy_hash: SHA-256 of policy.toml.
         snapshot_hash: Content of the accepted table.
         cache_index: Name of the latent cache's index, itself a hash.
-        vae: Folder of the frozen autoencoder at this site.
+        files: Where the frozen parts lie at this site.
         declared_patients: Public size of the site, from its policy.
         sigma: Noise of the whole schedule; 0 where not private.
         divisor: Public constant a sum is divided by: q x declared patients.
@@ -52,7 +52,7 @@ class Approval(BaseModel):
     policy_hash: str
     snapshot_hash: str
     cache_index: str
-    vae: str
+    files: BaseFiles
     declared_patients: int
     sigma: float
     divisor: float
@@ -70,7 +70,7 @@ def code_hash() -> str:
 
 
 def prepare_and_approve(
-    home: Path, site: str, resolved: Resolved, records: list[Record], vae: Path
+    home: Path, site: str, resolved: Resolved, records: list[Record], files: BaseFiles
 ) -> Approval:
     """Cache a site's images, check the policy, earmark the budget and write the approval.
 
@@ -79,7 +79,7 @@ def prepare_and_approve(
         site: Name of the site.
         resolved: The study to approve.
         records: The accepted table.
-        vae: Folder of the frozen autoencoder; its base hash must be the study's.
+        files: Where the frozen parts lie here; their hash must be the study's.
 
     Raises:
         Refusal: The policy forbids it, or the base is another one.
@@ -99,7 +99,7 @@ def prepare_and_approve(
         )
     sigma, epsilon = noise_of(policy, resolved)
     check_noise(policy, study, sigma)
-    family = load_family(study.generator, study.data.image_size, vae)
+    family = load_family(study.generator, study.data.image_size, files.vae, frozen=files.frozen)
     if family.base_hash != resolved.base_hash:
         raise Refusal("approval-drift", "the base here is not the study's")
     index = build_cache(records, family, study.data, home / "cache")
@@ -111,7 +111,7 @@ def prepare_and_approve(
         policy_hash=sha256_file(home / "policy.toml"),
         snapshot_hash=snapshot_hash(records),
         cache_index=index,
-        vae=str(vae),
+        files=files,
         declared_patients=policy.declared_patients,
         sigma=sigma,
         divisor=study.privacy.sampling_rate * policy.declared_patients,

@@ -63,7 +63,12 @@ def answer_round(home: Path, order: RoundOrder, state: Tensors, *, in_time: Call
         device = pick_device(study.training.device)
         torch.set_num_threads(study.training.threads or torch.get_num_threads())
         family = load_family(
-            study.generator, study.data.image_size, Path(approval.vae), device=device, encoders=False
+            study.generator,
+            study.data.image_size,
+            approval.files.vae,
+            frozen=approval.files.frozen,
+            device=device,
+            encoders=False,
         )
         check_like(state, trainable_state(family.module))
         load_cache(home / "cache", approval.cache_index)  # refuses before anything is spent

@@ -9,8 +9,8 @@ from pathlib import Path
 from polyclinic.common.cost import Meter, append_cost
 from polyclinic.common.data.cache import snapshot_hash
 from polyclinic.common.files import canonical_json
-from polyclinic.common.generators.base import Tensors, load_family, trainable_state
-from polyclinic.common.generators.public import hash_base, hash_source, hash_state, load_start, resolve
+from polyclinic.common.generators.base import BaseFiles, Tensors, load_family, load_weights, trainable_state
+from polyclinic.common.generators.public import hash_base, hash_source, hash_state, resolve
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Resolved, Study
 from polyclinic.common.training import pick_device
@@ -25,12 +25,12 @@ class Base:
     """A study's public parts on this machine.
 
     Attributes:
-        vae: Folder of the frozen autoencoder.
+        files: Where the frozen parts lie.
         start: Trainable state of round 0.
         resolved: The study with their hashes.
     """
 
-    vae: Path
+    files: BaseFiles
     start: Tensors
     resolved: Resolved
 
@@ -53,15 +53,21 @@ def prepare_base(home: Path, study: Study, reference: Reference) -> Base:
     else:
         vae = resolve(generator.vae, generator.vae_revision, "generator.vae")
     _check(hash_source(vae), generator.vae_sha256, "generator.vae_sha256")
-    start = _start(home, study, reference, vae)
+    path = _start(home, study, reference, vae)
+    # Where only a part of the network trains, the rest of the warm start is base: it never travels.
+    frozen = path if generator.train != "all" else None
+    family = load_family(generator, study.data.image_size, vae, frozen=frozen, encoders=False)
+    if path is not None:
+        load_weights(family.module, path)
+    start = trainable_state(family.module)
     text = resolve(generator.text_encoder, generator.text_encoder_revision, "generator.text_encoder")
     resolved = Resolved(
         study=study,
-        base_hash=hash_base(vae, text, generator.max_tokens),
+        base_hash=hash_base(vae, text, generator.max_tokens, frozen),
         start_hash=hash_state(start),
         reference_hash=reference.hash,
     )
-    return Base(vae, start, resolved)
+    return Base(BaseFiles(vae=vae.resolve(), frozen=frozen and frozen.resolve()), start, resolved)
 
 
 def _vae(home: Path, study: Study, reference: Reference) -> Path:
@@ -74,11 +80,11 @@ def _vae(home: Path, study: Study, reference: Reference) -> Path:
     return folder
 
 
-def _start(home: Path, study: Study, reference: Reference, vae: Path) -> Tensors:
+def _start(home: Path, study: Study, reference: Reference, vae: Path) -> Path | None:
+    """Find or train the warm start; None for untrained weights."""
     generator = study.generator
-    family = load_family(generator, study.data.image_size, vae, encoders=False)
     if generator.warm_start == "none":
-        return trainable_state(family.module)
+        return None
     if generator.warm_start == REFERENCE:
         recipe = [
             generator.model_dump(mode="json", exclude={"vae_training", "warm_start", "train"}),
@@ -94,14 +100,7 @@ def _start(home: Path, study: Study, reference: Reference, vae: Path) -> Tensors
     else:
         path = resolve(generator.warm_start, None, "generator.warm_start")
     _check(hash_source(path), generator.warm_start_sha256, "generator.warm_start_sha256")
-    state = load_start(path)
-    missing, odd = family.module.load_state_dict(state, strict=False)
-    if missing or odd:
-        name = (missing or odd)[0]
-        raise BadInput(
-            f"{path}: not a state of size {generator.size}: {name} does not fit; name another warm start"
-        )
-    return trainable_state(family.module)
+    return path
 
 
 def _images(study: Study, reference: Reference) -> list[object]:

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from polyclinic.common.generators.base import Family, load_family
+from polyclinic.common.generators.base import BaseFiles, Family, load_family
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Resolved
 from polyclinic.common.training import pick_device
@@ -43,16 +43,18 @@ def open_generator(run_dir: Path, number: int | None) -> tuple[Resolved, Family]
     if number not in done:
         raise BadInput(f"{run_dir}: has no round {number}; its rounds are {done[0]} to {done[-1]}")
     resolved = load_resolved(run_dir)
-    vae = Path((run_dir / "vae.path").read_text(encoding="utf-8").strip())
-    if not vae.is_dir():
-        raise BadInput(
-            f"{run_dir}: its VAE is no longer at {vae}; put it back, or correct {run_dir / 'vae.path'}"
-        )
+    place = run_dir / "base.json"
+    files = BaseFiles.model_validate_json(place.read_text(encoding="utf-8"))
+    for path in (files.vae, files.frozen):
+        if path is not None and not path.exists():
+            raise BadInput(f"{run_dir}: its base is no longer at {path}; put it back, or correct {place}")
     study = resolved.study
     device = pick_device(study.training.device)
-    family = load_family(study.generator, study.data.image_size, vae, device=device)
+    family = load_family(
+        study.generator, study.data.image_size, files.vae, frozen=files.frozen, device=device
+    )
     if family.base_hash != resolved.base_hash:
-        raise BadInput(f"{vae}: another base than the run was trained on; put the right one back")
+        raise BadInput(f"{files.vae}: another base than the run was trained on; put the right one back")
     load_state(family, load_checkpoint(run_dir, number).average)
     return resolved, family
 

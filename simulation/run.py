@@ -55,7 +55,7 @@ def simulate(
         )
     say(f"run {run_dir}" + ("" if study.privacy.enabled else "  [NOT PRIVATE]"))
     homes = open_run(run_dir, base, federation)
-    judge = Judge(run_dir, base.resolved, reference, base.vae, home / "features")
+    judge = Judge(run_dir, base.resolved, reference, base.files, home / "features")
     judge.judge_missing()
     if engine == "ray":
         run_on_ray(make_app(run_dir, names=ask_names, after_round=judge.judge), homes)
@@ -73,7 +73,7 @@ def open_run(run_dir: Path, base: Base, federation: Federation) -> list[Path]:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json_atomic(run_dir / "study.json", base.resolved.model_dump(mode="json"))
-    write_atomic(run_dir / "vae.path", f"{base.vae.resolve()}\n".encode())
+    write_atomic(run_dir / "base.json", base.files.model_dump_json().encode())
     homes = []
     for name, site in sorted(federation.settings.sites.items()):
         home = run_dir / "sites" / name
@@ -81,7 +81,7 @@ def open_run(run_dir: Path, base: Base, federation: Federation) -> list[Path]:
         write_policy(home, site, base.resolved.study)
         create_ledger(home, name, simulated=True)
         with Meter() as meter:
-            prepare_and_approve(home, name, base.resolved, federation.sites[name], base.vae)
+            prepare_and_approve(home, name, base.resolved, federation.sites[name], base.files)
         append_cost(home / "cost.jsonl", "preparation", meter.measurement)
         homes.append(home)
     if not rounds_done(run_dir):

@@ -14,7 +14,7 @@ from polyclinic.client.approval import Approval, prepare_and_approve
 from polyclinic.client.ledger import create_ledger
 from polyclinic.common.data.cache import Cached
 from polyclinic.common.data.table import Record
-from polyclinic.common.generators.base import Tensors, trainable_state
+from polyclinic.common.generators.base import BaseFiles, Tensors, trainable_state
 from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.generators.public import hash_base, resolve
 from polyclinic.common.study import GeneratorSettings, Resolved, Study, parse_study
@@ -130,7 +130,7 @@ class Site:
     state: Tensors
 
     def approve(self) -> Approval:
-        return prepare_and_approve(self.home, "site-a", self.resolved, self.records, self.vae)
+        return prepare_and_approve(self.home, "site-a", self.resolved, self.records, BaseFiles(vae=self.vae))
 
     def order(self, number: int = 1) -> RoundOrder:
         return RoundOrder(round=number, study_hash=self.resolved.hash)

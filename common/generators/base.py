@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+
+from polyclinic.common.generators.public import load_start
+from polyclinic.common.refusals import BadInput
 
 if TYPE_CHECKING:
     from polyclinic.common.study import GeneratorSettings
@@ -85,6 +89,20 @@ class Family(Protocol):
         ...
 
 
+class BaseFiles(BaseModel):
+    """Where a study's frozen public parts lie on this machine.
+
+    Attributes:
+        vae: Folder of the autoencoder.
+        frozen: Weights of the whole network, where only a part of it trains.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vae: Path
+    frozen: Path | None = None
+
+
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require a gradient, by name, in a fixed order."""
     return {name: p for name, p in sorted(module.named_parameters()) if p.requires_grad}
@@ -112,6 +130,22 @@ def load_trainable_state(module: nn.Module, state: Tensors) -> None:
         parameter.copy_(state[name])
 
 
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load the weights of a whole network from safetensors; fp16 is widened to fp32.
+
+    Raises:
+        BadInput: The file's tensors are not the network's.
+    """
+    weights = load_start(path)
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise BadInput(
+            f"{path}: does not fit the study's generator ({first}); name another warm start"
+        ) from error
+
+
 def in_batches(items: list[Any], size: int) -> Iterable[list[Any]]:
     """Cut a list into consecutive batches."""
     for start in range(0, len(items), size):
@@ -123,6 +157,7 @@ def load_family(
     image_size: int,
     vae: Path | None,
     *,
+    frozen: Path | None = None,
     device: str = "cpu",
     encoders: bool = True,
 ) -> Family:
@@ -132,9 +167,10 @@ def load_family(
         settings: The study's generator table.
         image_size: Pixels a side.
         vae: Folder of the frozen autoencoder; None where it is not there yet: enough to count operations.
+        frozen: Weights of the whole network, where only a part of it trains: they belong to the base.
         device: Where it lives.
         encoders: False leaves VAE and text encoder on disk: training reads the cache instead.
     """
     from polyclinic.common.generators.msdm import Msdm
 
-    return Msdm(settings, image_size, vae, device=device, encoders=encoders)
+    return Msdm(settings, image_size, vae, frozen=frozen, device=device, encoders=encoders)

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from polyclinic.common.generators.base import Tensors, Views
+from polyclinic.common.generators.base import Tensors, Views, load_weights
 from polyclinic.common.generators.public import hash_base, resolve
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ class Msdm:
         image_size: int,
         vae: Path | None,
         *,
+        frozen: Path | None = None,
         device: str = "cpu",
         encoders: bool = True,
     ) -> None:
@@ -127,7 +128,7 @@ class Msdm:
         self.settings, self.device = settings, device
         text = resolve(settings.text_encoder, settings.text_encoder_revision, "generator.text_encoder")
         if encoders and vae is not None:
-            self.base_hash = hash_base(vae, text, settings.max_tokens)
+            self.base_hash = hash_base(vae, text, settings.max_tokens, frozen)
             self.vae = AutoencoderKL.from_pretrained(vae, use_safetensors=True, low_cpu_mem_usage=False).to(
                 device
             )
@@ -150,6 +151,8 @@ class Msdm:
         with torch.random.fork_rng(devices=[]), place:
             torch.manual_seed(settings.init_seed)
             self.module = build_unet(settings, image_size // VAE_FACTOR, channels, width).to(device)
+        if frozen is not None:
+            load_weights(self.module, frozen)
         train_only(self.module, settings.train)
         self.module.train()
         betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2

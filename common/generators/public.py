@@ -68,9 +68,11 @@ def hash_source(source: Path) -> str:
     return sha256_folder(source) if source.is_dir() else sha256_file(source)
 
 
-def hash_base(vae: Path, text: Path, max_tokens: int) -> str:
-    """Name the frozen base by one hash: VAE, text encoder, and how prompts are cut."""
+def hash_base(vae: Path, text: Path, max_tokens: int, frozen: Path | None = None) -> str:
+    """Name the frozen base by one hash: VAE, text encoder, how prompts are cut, frozen network weights."""
     parts = f"{hash_source(vae)}\n{hash_source(text)}\nmax_tokens={max_tokens}\n"
+    if frozen is not None:
+        parts += f"{hash_source(frozen)}\n"
     return hashlib.sha256(parts.encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ from polyclinic.common.data.preprocess import preprocess
 from polyclinic.common.data.table import Record
 from polyclinic.common.features.efficientnet import extract, preprocessing
 from polyclinic.common.files import canonical_json, naming_full_disk, sha256_file, write_atomic
-from polyclinic.common.generators.base import Family, Tensors, in_batches, load_family
+from polyclinic.common.generators.base import BaseFiles, Family, Tensors, in_batches, load_family
 from polyclinic.common.progress import track
 from polyclinic.common.study import Resolved
 from polyclinic.common.training import pick_device
@@ -57,15 +57,15 @@ class Judge:
         run_dir: Where samples and judgements go.
         resolved: The study.
         reference: Split by patient.
-        vae: Folder of the frozen autoencoder.
+        files: Where the frozen parts lie.
         features: Folder in which reference features are kept by hash.
     """
 
     def __init__(
-        self, run_dir: Path, resolved: Resolved, reference: Reference, vae: Path, features: Path
+        self, run_dir: Path, resolved: Resolved, reference: Reference, files: BaseFiles, features: Path
     ) -> None:
         self.run_dir, self.resolved, self.study = run_dir, resolved, resolved.study
-        self.reference, self.vae, self.folder = reference, vae, features
+        self.reference, self.files, self.folder = reference, files, features
         self._family: Family | None = None
         self._features: dict[str, Tensor] = {}
 
@@ -100,7 +100,11 @@ class Judge:
         settings = self.study.evaluation
         if self._family is None:
             self._family = load_family(
-                self.study.generator, self.study.data.image_size, self.vae, device=self._device
+                self.study.generator,
+                self.study.data.image_size,
+                self.files.vae,
+                frozen=self.files.frozen,
+                device=self._device,
             )
         load_state(self._family, state)
         wanted = [(prompt.text, draw) for prompt in settings.prompts for draw in range(settings.draws)]
