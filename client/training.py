@@ -25,10 +25,14 @@ from polyclinic.common.generators.base import (
 )
 from polyclinic.common.privacy.clipping import TAU
 from polyclinic.common.privacy.random import KeyedRandom
+from polyclinic.common.privacy.selftest import self_test
 from polyclinic.common.refusals import Refusal
 from polyclinic.common.study import CODE_VERSION
 from polyclinic.common.training import PlainEngine, PrivateEngine, StepEngine, pick_device, train
 from polyclinic.common.wire import ReplyFacts, RoundOrder, check_like, pack_reply, state_hash
+
+# Approvals whose self-test this process has passed: once at start-up is enough.
+_SELF_TESTED: set[tuple[str, str]] = set()
 
 
 def answer_round(home: Path, order: RoundOrder, state: Tensors, *, in_time: Callable[[], bool]) -> bytes:
@@ -71,6 +75,9 @@ def answer_round(home: Path, order: RoundOrder, state: Tensors, *, in_time: Call
             encoders=False,
         )
         check_like(state, trainable_state(family.module))
+        if study.privacy.enabled and (approval.id, device) not in _SELF_TESTED:
+            self_test(family, study.privacy.engine)
+            _SELF_TESTED.add((approval.id, device))
         load_cache(home / "cache", approval.cache_index)  # refuses before anything is spent
         reservation = ledger.reserve(
             approval=approval.id,

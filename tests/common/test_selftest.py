@@ -1,0 +1,56 @@
+"""The start-up self-test passes on a sound engine and refuses each broken one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from polyclinic.common.generators.base import Family, Tensors, Views, trainable_state
+from polyclinic.common.generators.msdm import Msdm
+from polyclinic.common.privacy import selftest
+from polyclinic.common.privacy.clipping import vmap_sum
+from polyclinic.common.refusals import Refusal
+
+
+@pytest.mark.parametrize("engine", ["vmap", "loop"])
+def test_a_sound_engine_passes_and_the_weights_are_put_back(family: Msdm, engine: str) -> None:
+    before = trainable_state(family.module)
+    selftest.self_test(family, engine)
+    after = trainable_state(family.module)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def unclipped(family: Family, views: Views, clip: float, micro_batch: int) -> Tensors:
+    return vmap_sum(family, views, 1e9, micro_batch)
+
+
+def clipped_by_view(family: Family, views: Views, clip: float, micro_batch: int) -> Tensors:
+    """What ghost clipping does to K views: each is clipped on its own, so a patient counts K times."""
+    flat = {name: t.flatten(0, 1).unsqueeze(1) for name, t in views.tensors().items()}
+    return vmap_sum(family, Views.of(flat), clip, micro_batch)
+
+
+def deaf_to_one_tensor(family: Family, views: Views, clip: float, micro_batch: int) -> Tensors:
+    sums = vmap_sum(family, views, clip, micro_batch)
+    sums["conv_in.weight"].zero_()
+    return sums
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (unclipped, "moved the sum"),
+        (clipped_by_view, "moved the sum"),
+        (deaf_to_one_tensor, "conv_in.weight"),
+    ],
+)
+def test_a_broken_engine_is_refused(
+    family: Msdm, monkeypatch: pytest.MonkeyPatch, broken: object, says: str
+) -> None:
+    before = trainable_state(family.module)
+    monkeypatch.setitem(selftest.ENGINES, "vmap", broken)  # type: ignore[arg-type]
+    with pytest.raises(Refusal, match=r"self-test-failed") as caught:
+        selftest.self_test(family, "vmap")
+    assert says in str(caught.value)
+    after = trainable_state(family.module)
+    assert all(torch.equal(before[name], after[name]) for name in before)
