@@ -83,10 +83,12 @@ class WarmStartTraining(Section):
     batch_size: int = Field(32, ge=1, description="views a step")
     learning_rate: float = Field(5e-4, gt=0, description="peak of a OneCycle schedule")
     ema: float = Field(0.99, ge=0, lt=1, description="decay a step")
-    captions: Literal["own", "shuffled"] = Field(
-        "own",
-        description="shuffled: an image comes with any caption of the reference, as if it had none; "
-        "the start then draws the right kind of image but not what a prompt asks for",
+    captioned: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="share of views with their image's caption; others get any caption of the reference: "
+        "a start that draws well but obeys weakly, as where public images lack captions",
     )
     seed: int = Field(0, ge=0, description="public: only public images are touched")
 
@@ -272,7 +274,6 @@ class Study(Section):
                 "training.test_key fixes the randomness: allowed only with privacy.enabled = false"
             )
         if self.generator.train != "all" and self.generator.warm_start == "none":
-            # The output layer starts at zero; frozen there, the generator could never learn anything.
             raise ValueError(
                 f'generator.train = "{self.generator.train}" needs a generator.warm_start: '
                 "what is frozen would stay untrained"

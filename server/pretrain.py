@@ -152,8 +152,7 @@ def pretrain_generator(
     )
     row_of = {caption: row for row, caption in enumerate(captions)}
     rows = [torch.tensor([row_of[c] for c in record.captions]) for record in records]
-    if settings.captions == "shuffled":
-        rows = [torch.tensor([row_of[c] for c in captions if c])] * len(records)
+    anything = torch.tensor([row_of[c] for c in captions if c])
     torch.manual_seed(settings.seed)
     parameters = trainable(family.module)
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=settings.learning_rate, weight_decay=0.0)
@@ -166,6 +165,8 @@ def pretrain_generator(
         for step in range(settings.steps):
             chosen = torch.randint(len(records), (settings.batch_size,))
             caption = torch.stack([rows[i][torch.randint(len(rows[i]), ())] for i in chosen.tolist()])
+            stray = torch.rand(len(chosen)) >= settings.captioned
+            caption = torch.where(stray, anything[torch.randint(len(anything), (len(chosen),))], caption)
             dropped = torch.rand(len(chosen)) < study.generator.prompt_dropout
             caption = torch.where(dropped, torch.tensor(row_of[""]), caption)
             views = Views(

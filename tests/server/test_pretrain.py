@@ -1,0 +1,113 @@
+"""What the coordinator trains on its public reference, and how a base is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from polyclinic.common.data.table import Record
+from polyclinic.common.generators.base import load_family, trainable
+from polyclinic.common.generators.public import hash_source
+from polyclinic.common.refusals import BadInput
+from polyclinic.common.study import Study, parse_study
+from polyclinic.server.base import prepare_base
+from polyclinic.server.pretrain import pretrain_generator, pretrain_vae
+from polyclinic.server.reference import Reference, split_reference
+
+
+def study(**generator: object) -> Study:
+    table = {
+        "size": "msdm-tiny",
+        "max_tokens": 8,
+        "vae_training": {"widths": [16, 16, 16, 16], "steps": 4, "batch_size": 4},
+        "warm_start_training": {"steps": 3, "batch_size": 4},
+    }
+    values = {
+        "name": "base",
+        "data": {"image_size": 32},
+        "generator": {**table, **generator},
+        "reference": {"pretrain": 0.4, "probe": 0.3, "evaluate": 0.3},
+        "evaluation": {"prompts": [{"text": "a"}]},
+    }
+    return parse_study(values, "test")
+
+
+@pytest.fixture
+def reference(drawn: list[Record]) -> Reference:
+    return Reference(pretrain=drawn, probe=[], evaluate=drawn, hash="r")
+
+
+def test_a_seeded_vae_is_the_same_folder_and_loads_in_diffusers(drawn: list[Record], tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    psnr = [pretrain_vae(study(), drawn, tmp_path / name) for name in ("one", "two")]
+    assert psnr[0] == psnr[1]
+    assert hash_source(tmp_path / "one") == hash_source(tmp_path / "two")
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(tmp_path / "one", low_cpu_mem_usage=False)
+    latents = vae.encode(torch.rand(4, 3, 32, 32) * 2 - 1).latent_dist.mean
+    assert latents.shape == (4, 8, 4, 4)
+    # The stored scaling factor brings latents of the training images to unit variance.
+    assert 0 < vae.config.scaling_factor < 1e4
+    assert all(
+        t.dtype == torch.float16
+        for t in load_file(tmp_path / "one/diffusion_pytorch_model.safetensors").values()
+    )
+
+
+def test_reconstruction_gets_better_with_steps(drawn: list[Record], tmp_path: Path) -> None:
+    short = study(vae_training={"widths": [16, 16, 16, 16], "steps": 2, "batch_size": 4})
+    long = study(vae_training={"widths": [16, 16, 16, 16], "steps": 80, "batch_size": 4})
+    assert pretrain_vae(long, drawn, tmp_path / "long") > pretrain_vae(short, drawn, tmp_path / "short") + 3
+
+
+def test_the_base_is_trained_once_and_named_by_hash(reference: Reference, tmp_path: Path) -> None:
+    first = prepare_base(tmp_path, study(warm_start="reference"), reference)
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "bases").rglob("*.safetensors")}
+    again = prepare_base(tmp_path, study(warm_start="reference"), reference)
+    assert first.resolved.hash == again.resolved.hash
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "bases").rglob("*.safetensors")}
+    assert (tmp_path / "bases").glob("*.cost.jsonl")
+
+    named = hash_source(first.files.vae)
+    assert prepare_base(tmp_path, study(vae=str(first.files.vae), vae_sha256=named), reference)
+    with pytest.raises(BadInput, match=r"vae_sha256.*name the right part"):
+        prepare_base(tmp_path, study(vae=str(first.files.vae), vae_sha256="0" * 64), reference)
+
+
+def test_what_does_not_train_is_base_and_never_travels(reference: Reference, tmp_path: Path) -> None:
+    whole = prepare_base(tmp_path, study(warm_start="reference"), reference)
+    part = prepare_base(tmp_path, study(warm_start="reference", train="conditioning"), reference)
+    assert whole.files.frozen is None
+    assert part.files.frozen is not None
+    assert part.resolved.base_hash != whole.resolved.base_hash
+    assert set(part.start) < set(whole.start)
+    assert all(torch.equal(part.start[name], whole.start[name]) for name in part.start)
+    # A site that loads the base has the frozen weights of the warm start, not random ones.
+    settings = study(train="conditioning", warm_start="reference").generator
+    family = load_family(settings, 32, part.files.vae, frozen=part.files.frozen, encoders=False)
+    weights = dict(family.module.named_parameters())
+    assert set(trainable(family.module)) == set(part.start)
+    assert torch.equal(weights["conv_in.weight"], whole.start["conv_in.weight"])
+
+
+def test_a_warm_start_of_another_size_is_named(reference: Reference, tmp_path: Path) -> None:
+    base = prepare_base(tmp_path, study(), reference)
+    path = tmp_path / "start.safetensors"
+    pretrain_generator(study(), reference.pretrain, base.files.vae, path)
+    with pytest.raises(BadInput, match=r"start\.safetensors: does not fit"):
+        prepare_base(tmp_path, study(size="msdm-small", warm_start=str(path)), reference)
+
+
+def test_a_reference_is_split_by_patient(drawn: list[Record]) -> None:
+    parts = split_reference(study(), drawn)
+    patients = [{r.patient for r in part} for part in (parts.pretrain, parts.probe, parts.evaluate)]
+    assert sum(map(len, patients)) == len(set.union(*patients)) == len({r.patient for r in drawn})
+
+
+def test_a_reference_without_an_evaluate_part_is_refused(drawn: list[Record]) -> None:
+    with pytest.raises(BadInput, match="evaluate part is empty"):
+        split_reference(study(), [r for r in drawn if r in split_reference(study(), drawn).pretrain])
