@@ -42,6 +42,7 @@ BANNED = {
 # What a hospital audits: everything between an image and the wire.
 AUDITED = (
     "client/app.py",
+    "client/approval.py",
     "client/launcher.py",
     "client/policy.py",
     "client/ledger.py",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from polyclinic.common.generators.base import Family, Tensors, Views, trainable_state
 from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.privacy import selftest
-from polyclinic.common.privacy.clipping import vmap_sum
+from polyclinic.common.privacy.clipping import ENGINES, vmap_sum
 from polyclinic.common.refusals import Refusal
 
 
@@ -45,10 +47,10 @@ def deaf_to_one_tensor(family: Family, views: Views, clip: float, micro_batch: i
     ],
 )
 def test_a_broken_engine_is_refused(
-    family: Msdm, monkeypatch: pytest.MonkeyPatch, broken: object, says: str
+    family: Msdm, monkeypatch: pytest.MonkeyPatch, broken: Callable[..., Tensors], says: str
 ) -> None:
     before = trainable_state(family.module)
-    monkeypatch.setitem(selftest.ENGINES, "vmap", broken)  # type: ignore[arg-type]
+    monkeypatch.setitem(ENGINES, "vmap", broken)
     with pytest.raises(Refusal, match=r"self-test-failed") as caught:
         selftest.self_test(family, "vmap")
     assert says in str(caught.value)
