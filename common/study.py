@@ -83,12 +83,10 @@ class WarmStartTraining(Section):
     batch_size: int = Field(32, ge=1, description="views a step")
     learning_rate: float = Field(5e-4, gt=0, description="peak of a OneCycle schedule")
     ema: float = Field(0.99, ge=0, lt=1, description="decay a step")
-    captioned: float = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description="share of views with their image's caption; others get any caption of the reference: "
-        "a start that draws well but obeys weakly, as where public images lack captions",
+    captions: Literal["own", "labels"] = Field(
+        "own",
+        description="labels: `polyp: yes, instrument: no` from reference.concepts, where public images "
+        "have labels instead of captions; the start does not know the wording of the sites yet",
     )
     seed: int = Field(0, ge=0, description="public: only public images are touched")
 

@@ -145,14 +145,14 @@ def pretrain_generator(
         study.generator.model_copy(update={"train": "all"}), study.data.image_size, vae, device=device
     )
     pixels = load_pixels(records, study)
-    image = {k: v for k, v in _encode(family, pixels).items()}
-    captions = sorted({caption for record in records for caption in record.captions} | {""})
+    image = _encode(family, pixels)
+    texts = [_texts(record, study) for record in records]
+    captions = sorted({caption for of_record in texts for caption in of_record} | {""})
     prompts = torch.cat(
         [family.encode_prompt(captions[i : i + 64])["states"] for i in range(0, len(captions), 64)]
     )
     row_of = {caption: row for row, caption in enumerate(captions)}
-    rows = [torch.tensor([row_of[c] for c in record.captions]) for record in records]
-    anything = torch.tensor([row_of[c] for c in captions if c])
+    rows = [torch.tensor([row_of[c] for c in of_record]) for of_record in texts]
     torch.manual_seed(settings.seed)
     parameters = trainable(family.module)
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=settings.learning_rate, weight_decay=0.0)
@@ -165,8 +165,6 @@ def pretrain_generator(
         for step in range(settings.steps):
             chosen = torch.randint(len(records), (settings.batch_size,))
             caption = torch.stack([rows[i][torch.randint(len(rows[i]), ())] for i in chosen.tolist()])
-            stray = torch.rand(len(chosen)) >= settings.captioned
-            caption = torch.where(stray, anything[torch.randint(len(anything), (len(chosen),))], caption)
             dropped = torch.rand(len(chosen)) < study.generator.prompt_dropout
             caption = torch.where(dropped, torch.tensor(row_of[""]), caption)
             views = Views(
@@ -191,6 +189,14 @@ def pretrain_generator(
     if not all(math.isfinite(float(value.float().sum())) for value in state.values()):
         raise BadInput("generator.warm_start_training diverged; lower its learning_rate")
     write_atomic(path, save(state))
+
+
+def _texts(record: Record, study: Study) -> list[str]:
+    """What an image is shown with: its captions, or its labels in words."""
+    if study.generator.warm_start_training.captions == "own":
+        return list(record.captions)
+    known = [(concept, record.labels.get(concept)) for concept in study.reference.concepts]
+    return [", ".join(f"{concept}: {value}" for concept, value in known if value)]
 
 
 def _encode(family: object, pixels: Tensor) -> Tensors:

@@ -14,7 +14,7 @@ from polyclinic.common.generators.public import hash_source
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study, parse_study
 from polyclinic.server.base import prepare_base
-from polyclinic.server.pretrain import pretrain_generator, pretrain_vae
+from polyclinic.server.pretrain import _texts, pretrain_generator, pretrain_vae
 from polyclinic.server.reference import Reference, split_reference
 
 
@@ -111,3 +111,13 @@ def test_a_reference_is_split_by_patient(drawn: list[Record]) -> None:
 def test_a_reference_without_an_evaluate_part_is_refused(drawn: list[Record]) -> None:
     with pytest.raises(BadInput, match="evaluate part is empty"):
         split_reference(study(), [r for r in drawn if r in split_reference(study(), drawn).pretrain])
+
+
+def test_labels_can_stand_in_for_captions(drawn: list[Record]) -> None:
+    settings = study(warm_start_training={"captions": "labels", "steps": 1})
+    labelled = settings.model_copy(
+        update={"reference": settings.reference.model_copy(update={"concepts": ("polyp", "instrument")})}
+    )
+    record = Record("p", drawn[0].image, ("a caption",), None, {"instrument": "no", "polyp": "yes", "age": "50"})
+    assert _texts(record, labelled) == ["polyp: yes, instrument: no"]
+    assert _texts(record, study()) == ["a caption"]
