@@ -15,7 +15,7 @@ from polyclinic.client.approval import Approval, require_approval
 from polyclinic.client.ledger import Ledger, Reservation, open_ledger
 from polyclinic.client.policy import check_noise
 from polyclinic.common.cost import Meter, append_cost, view_flops
-from polyclinic.common.data.cache import load_cache
+from polyclinic.common.data.cache import Cached, load_cache
 from polyclinic.common.generators.base import (
     Family,
     Tensors,
@@ -78,7 +78,7 @@ def answer_round(home: Path, order: RoundOrder, state: Tensors, *, in_time: Call
         if study.privacy.enabled and (approval.id, device) not in _SELF_TESTED:
             self_test(family, study.privacy.engine)
             _SELF_TESTED.add((approval.id, device))
-        load_cache(home / "cache", approval.cache_index)  # refuses before anything is spent
+        data = load_cache(home / "cache", approval.cache_index)  # refuses before anything is spent
         reservation = ledger.reserve(
             approval=approval.id,
             round_number=order.round,
@@ -90,7 +90,7 @@ def answer_round(home: Path, order: RoundOrder, state: Tensors, *, in_time: Call
         )
         try:
             with Meter(device) as meter:
-                difference = _train(home, approval, order.round, state, family, device)
+                difference = _train(approval, order.round, state, family, data, device)
             facts = _facts(approval, order, ledger, reservation, family)
             ledger.settle(approval.id, order.round, pack_reply(difference, facts))
         except Exception:
@@ -104,11 +104,10 @@ def answer_round(home: Path, order: RoundOrder, state: Tensors, *, in_time: Call
 
 
 def _train(
-    home: Path, approval: Approval, round_number: int, state: Tensors, family: Family, device: str
+    approval: Approval, round_number: int, state: Tensors, family: Family, data: Cached, device: str
 ) -> Tensors:
     """Train a round's steps and return the difference, fp32 on the CPU."""
     study = approval.resolved.study
-    data = load_cache(home / "cache", approval.cache_index)
     load_trainable_state(family.module, state)
     key = study.training.test_key
     random = KeyedRandom.from_os() if key is None else KeyedRandom.for_test(key, approval.site, round_number)

@@ -118,6 +118,8 @@ def test_labels_can_stand_in_for_captions(drawn: list[Record]) -> None:
     labelled = settings.model_copy(
         update={"reference": settings.reference.model_copy(update={"concepts": ("polyp", "instrument")})}
     )
-    record = Record("p", drawn[0].image, ("a caption",), None, {"instrument": "no", "polyp": "yes", "age": "50"})
+    record = Record(
+        "p", drawn[0].image, ("a caption",), None, {"instrument": "no", "polyp": "yes", "age": "50"}
+    )
     assert _texts(record, labelled) == ["polyp: yes, instrument: no"]
     assert _texts(record, study()) == ["a caption"]
