@@ -55,6 +55,8 @@ lint: $(STAMP)-dev
 	$(BIN)/mypy tests
 
 # Both parts see the public reference's pretrain part only. Write the printed hashes into the study.
+# One thread, so that sums are taken in the same order on every machine of a kind.
+base: export OMP_NUM_THREADS := 1
 base: $(STAMP)-simulation
 	$(BIN)/polyclinic-simulate reference phantom-demo --home .polyclinic --out .polyclinic/phantom-reference
 	$(BIN)/polyclinic-server pretrain vae phantom-demo --reference .polyclinic/phantom-reference --out common/bases/phantom/vae

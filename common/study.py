@@ -39,9 +39,7 @@ class PhantomSettings(Section):
 class DataSettings(Section):
     """Where the images come from and how they are made the same size."""
 
-    source: Literal["folder", "phantoms"] = Field(
-        "folder", description="folder with a CSV, or drawn phantoms"
-    )
+    source: Literal["folder", "phantoms"] = Field("folder", description="folder with a CSV, or drawings")
     table: str = Field(
         "images.csv", description="CSV in the data folder: image, caption, patient[, site, labels]"
     )
@@ -61,10 +59,13 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class VaeTraining(Section):
-    """`polyclinic-server pretrain vae`: an AutoencoderKL of factor 8 on the reference's pretrain part."""
+    """`polyclinic-server pretrain vae`: an AutoencoderKL on the reference's pretrain part."""
 
-    widths: tuple[Width, Width, Width, Width] = Field(
-        (64, 128, 256, 512), description="channels at each of the 4 levels"
+    widths: tuple[Width, ...] = Field(
+        (64, 128, 256, 512),
+        min_length=2,
+        max_length=4,
+        description="channels by level; four levels shrink an image by 8, three by 4",
     )
     layers_per_block: int = Field(1, ge=1, le=3)
     latent_channels: int = Field(8, ge=1, le=32)
@@ -122,7 +123,7 @@ class GeneratorSettings(Section):
     train: Literal["all", "attention", "conditioning"] = Field(
         "all",
         description="which UNet parameters are trained: all, the attention blocks with the text path, or "
-        "only the text path (text keys and values, text projection, pooled text)",
+        "only what turns the text encoder's states into what the network listens to",
     )
     init_seed: int = Field(0, ge=0, description="seed of the untrained UNet; weights are public")
     vae_training: VaeTraining = VaeTraining()

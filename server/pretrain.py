@@ -36,7 +36,7 @@ def load_pixels(records: list[Record], study: Study) -> Tensor:
 
 
 def pretrain_vae(study: Study, records: list[Record], folder: Path) -> float:
-    """Train an AutoencoderKL (factor 8) and save it as a diffusers folder, fp16 safetensors.
+    """Train an AutoencoderKL and save it as a diffusers folder, fp16 safetensors.
 
     Loss: mean squared error + KL + L1 between image gradients (a weights-free stand-in for a
     perceptual term).

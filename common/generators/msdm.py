@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-VAE_FACTOR = 8
-
 # Widths by level, residual blocks a level, key/value width, width of a head, GroupNorm groups.
 SIZES: dict[str, tuple[tuple[int, ...], int, int, int, int]] = {
     "msdm": ((256, 512, 1024), 2, 1024, 64, 32),
@@ -57,7 +55,7 @@ def build_unet(settings: GeneratorSettings, latent_size: int, latent_channels: i
 
     Args:
         settings: The study's generator table.
-        latent_size: Latent pixels a side (image size / 8).
+        latent_size: Latent pixels a side: image size over the VAE's factor.
         latent_channels: Channels of the VAE's latent.
         text_width: Width of the text encoder's last hidden state.
     """
@@ -97,10 +95,8 @@ def train_only(unet: nn.Module, part: str) -> None:
     inside = {
         "all": lambda name: True,
         "attention": lambda name: ".attentions." in name or name.startswith(text),
-        "conditioning": lambda name: (
-            ".add_k_proj." in name
-            or ".add_v_proj." in name
-            or name.startswith(("encoder_hid_proj.", "add_embedding.proj.", "add_embedding.norm"))
+        "conditioning": lambda name: name.startswith(
+            ("encoder_hid_proj.", "add_embedding.proj.", "add_embedding.norm")
         ),
     }[part]
     for name, parameter in unet.named_parameters():
@@ -140,17 +136,21 @@ class Msdm:
             self.text_encoder.config.use_attention_mask = True
             self.vae.eval()
             self.text_encoder.eval()
-        channels, self.scaling = settings.vae_training.latent_channels, 1.0
+        recipe = settings.vae_training
+        channels, vae_levels, self.scaling = recipe.latent_channels, len(recipe.widths), 1.0
         if vae is not None:
             vae_config = AutoencoderKL.load_config(vae)
             channels, self.scaling = int(vae_config["latent_channels"]), float(vae_config["scaling_factor"])
+            vae_levels = len(vae_config["block_out_channels"])
         width = int(AutoConfig.from_pretrained(text).hidden_size)
         # On the meta device nothing is allocated, so that a model that does not fit can be counted; elsewhere
         # the start is drawn on the CPU and is the same for every device.
         place = torch.device("meta" if device == "meta" else "cpu")
         with torch.random.fork_rng(devices=[]), place:
             torch.manual_seed(settings.init_seed)
-            self.module = build_unet(settings, image_size // VAE_FACTOR, channels, width).to(device)
+            self.module = build_unet(settings, image_size // 2 ** (vae_levels - 1), channels, width).to(
+                device
+            )
         if frozen is not None:
             load_weights(self.module, frozen)
         train_only(self.module, settings.train)

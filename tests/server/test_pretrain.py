@@ -123,3 +123,16 @@ def test_labels_can_stand_in_for_captions(drawn: list[Record]) -> None:
     )
     assert _texts(record, labelled) == ["polyp: yes, instrument: no"]
     assert _texts(record, study()) == ["a caption"]
+
+
+def test_three_levels_shrink_an_image_by_four(reference: Reference, tmp_path: Path) -> None:
+    settings = study(vae_training={"widths": [16, 16, 16], "latent_channels": 4, "steps": 1, "batch_size": 2})
+    base = prepare_base(tmp_path, settings, reference)
+    family = load_family(settings.generator, 32, base.files.vae)
+    assert family.encode_image(torch.zeros(1, 3, 32, 32))["mean"].shape == (1, 4, 8, 8)
+    assert family.synthetic_views(2).image["mean"].shape == (2, 4, 8, 8)
+    # A forecast without the VAE counts the same network.
+    assert load_family(settings.generator, 32, None, encoders=False).module.config.sample_size == 8
+    pipeline = family.pipeline()
+    image = pipeline("a", num_inference_steps=1, height=32, width=32, output_type="np").images
+    assert image.shape == (1, 32, 32, 3)
