@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from polyclinic.common.cost import Meter, append_cost
+from polyclinic.common.cost import Meter, append_cost, read_costs
 from polyclinic.common.data.cache import snapshot_hash
 from polyclinic.common.files import canonical_json
 from polyclinic.common.generators.base import BaseFiles, Tensors, load_family, load_weights, trainable_state
@@ -28,11 +29,13 @@ class Base:
         files: Where the frozen parts lie.
         start: Trainable state of round 0.
         resolved: The study with their hashes.
+        costs: What training the base here cost, one line a part; empty where it came from elsewhere.
     """
 
     files: BaseFiles
     start: Tensors
     resolved: Resolved
+    costs: list[dict[str, Any]]
 
 
 def prepare_base(home: Path, study: Study, reference: Reference) -> Base:
@@ -67,7 +70,8 @@ def prepare_base(home: Path, study: Study, reference: Reference) -> Base:
         start_hash=hash_state(start),
         reference_hash=reference.hash,
     )
-    return Base(BaseFiles(vae=vae.resolve(), frozen=frozen and frozen.resolve()), start, resolved)
+    costs = [line for part in (vae, path) if part for line in _read_cost(home, part)]
+    return Base(BaseFiles(vae=vae.resolve(), frozen=frozen and frozen.resolve()), start, resolved, costs)
 
 
 def _vae(home: Path, study: Study, reference: Reference) -> Path:
@@ -76,7 +80,7 @@ def _vae(home: Path, study: Study, reference: Reference) -> Path:
     if not folder.exists():
         with Meter() as meter:
             pretrain_vae(study, reference.pretrain, folder)
-        append_cost(home / "bases" / f"{folder.name}.cost.jsonl", "pretraining", meter.measurement)
+        append_cost(_cost_path(folder), "pretraining", meter.measurement)
     return folder
 
 
@@ -96,11 +100,20 @@ def _start(home: Path, study: Study, reference: Reference, vae: Path) -> Path | 
             device = pick_device(study.training.device)
             with Meter(device) as meter:
                 pretrain_generator(study, reference.pretrain, vae, path, device=device)
-            append_cost(home / "bases" / f"{path.stem}.cost.jsonl", "pretraining", meter.measurement)
+            append_cost(_cost_path(path), "pretraining", meter.measurement)
     else:
         path = resolve(generator.warm_start, None, "generator.warm_start")
     _check(hash_source(path), generator.warm_start_sha256, "generator.warm_start_sha256")
     return path
+
+
+def _cost_path(part: Path) -> Path:
+    return part.with_name(f"{part.stem}.cost.jsonl")
+
+
+def _read_cost(home: Path, part: Path) -> list[dict[str, Any]]:
+    path = _cost_path(part)
+    return read_costs(path) if part.parent == home / "bases" and path.exists() else []
 
 
 def _images(study: Study, reference: Reference) -> list[object]:

@@ -61,7 +61,7 @@ def simulate(
         run_on_ray(make_app(run_dir, names=ask_names, after_round=judge.judge), homes)
     else:
         run_in_process(make_app(run_dir, names=registered_names, after_round=judge.judge), homes)
-    metrics = report(run_dir, study, homes)
+    metrics = report(run_dir, study, homes, base)
     return run_dir, metrics
 
 
@@ -109,9 +109,9 @@ def write_policy(home: Path, site: SimulatedSite, study: Study) -> None:
         write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
-def report(run_dir: Path, study: Study, homes: list[Path]) -> Metrics:
+def report(run_dir: Path, study: Study, homes: list[Path], base: Base) -> Metrics:
     """Write the report of a simulated run; a simulation may show what its sites measured."""
-    rows: list[CostRow] = []
+    rows: list[CostRow] = cost_rows("pretraining", "server", base.costs)
     for home in homes:
         lines = read_costs(home / "cost.jsonl")
         rows += cost_rows("preparation", home.name, [x for x in lines if x["phase"] == "preparation"])
