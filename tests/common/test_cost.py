@@ -127,7 +127,8 @@ def test_peaks_of_nested_meters_are_their_own() -> None:
     # Before the mark went down for the second, the outer one has kept what the first reached.
     assert outer.measurement.peak_bytes == first.measurement.peak_bytes
     gap = first.measurement.peak_bytes - second.measurement.peak_bytes
-    assert 100 << 20 < gap < 140 << 20
+    # 120, or up to 160 where the process held enough free memory for the second.
+    assert 100 << 20 < gap < 165 << 20
 
 
 def test_overlapping_meters_in_threads_both_see_the_process() -> None:

