@@ -21,7 +21,7 @@ from polyclinic.common.data.holdout import position
 from polyclinic.common.data.preprocess import preprocess
 from polyclinic.common.data.table import Record
 from polyclinic.common.files import write_atomic
-from polyclinic.common.generators.base import Tensors, Views, load_family, trainable, trainable_state
+from polyclinic.common.generators.base import Tensors, Views, load_family, trainable
 from polyclinic.common.progress import say, track
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study
@@ -202,8 +202,3 @@ def _texts(record: Record, study: Study) -> list[str]:
 def _encode(family: object, pixels: Tensor) -> Tensors:
     parts = [family.encode_image(part) for part in pixels.split(64)]  # type: ignore[attr-defined]
     return {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
-
-
-def initial_state(study: Study, vae: Path) -> Tensors:
-    """The untrained generator's trainable state: random weights from a public seed."""
-    return trainable_state(load_family(study.generator, study.data.image_size, vae, encoders=False).module)

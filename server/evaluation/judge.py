@@ -81,7 +81,7 @@ class Judge:
                 self.judge(load_checkpoint(self.run_dir, number))
 
     def judge(self, checkpoint: Checkpoint) -> None:
-        """Draw, measure, and write `samples/round-XXXX.png` and `judgements/round-XXXX.json`."""
+        """Draw, measure, and write the round's sample sheet and judgement."""
         number = checkpoint.record.round
         if not self.due(number):
             return
