@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from polyclinic.common.generators.base import Tensors
-from polyclinic.common.study import FederationSettings
+from polyclinic.common.settings import FederationSettings
 
 
 def weighted_mean(differences: Iterable[tuple[str, Tensors]], settings: FederationSettings) -> Tensors:

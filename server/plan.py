@@ -16,7 +16,8 @@ from polyclinic.common.generators.base import Family, load_family, trainable
 from polyclinic.common.generators.public import PACKAGE, resolve
 from polyclinic.common.privacy.accounting import calibrate, claim, epsilon_pld, epsilon_rdp
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.study import SimulatedSite, Study
+from polyclinic.common.settings import SimulatedSite
+from polyclinic.common.study import Study
 from polyclinic.server.plan_advice import Advice, advise
 from polyclinic.server.report.metrics import CostRow, Part
 from polyclinic.server.report.wording import bound, count, number, scaled

@@ -12,7 +12,8 @@ from polyclinic.common.data.holdout import part_of
 from polyclinic.common.data.table import Record
 from polyclinic.common.progress import track
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.study import SimulationSettings, Study
+from polyclinic.common.settings import SimulationSettings
+from polyclinic.common.study import Study
 from polyclinic.simulation.phantom import write_phantoms
 from polyclinic.simulation.split import Split, split_table
 

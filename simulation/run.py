@@ -11,7 +11,8 @@ from polyclinic.common.cost import Meter, append_cost, read_costs
 from polyclinic.common.files import write_atomic, write_json_atomic
 from polyclinic.common.progress import say
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.study import SimulatedSite, Study
+from polyclinic.common.settings import SimulatedSite
+from polyclinic.common.study import Study
 from polyclinic.server.app import make_app
 from polyclinic.server.base import Base, prepare_base
 from polyclinic.server.checkpoints import Checkpoint, RoundRecord, rounds_done, save_checkpoint

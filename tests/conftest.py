@@ -17,7 +17,8 @@ from polyclinic.common.data.table import Record
 from polyclinic.common.generators.base import BaseFiles, Tensors, trainable_state
 from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.generators.public import hash_base, resolve
-from polyclinic.common.study import GeneratorSettings, Resolved, Study, parse_study
+from polyclinic.common.settings import GeneratorSettings
+from polyclinic.common.study import Resolved, Study, parse_study
 from polyclinic.common.wire import RoundOrder
 
 # Never the network, in any test.

@@ -25,7 +25,7 @@ from polyclinic.common.progress import track
 from polyclinic.common.refusals import Refusal
 
 if TYPE_CHECKING:
-    from polyclinic.common.study import DataSettings
+    from polyclinic.common.settings import DataSettings
 
 IMAGES_A_SHARD, PROMPTS_A_SHARD = 64, 256
 

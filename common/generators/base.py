@@ -20,7 +20,7 @@ from polyclinic.common.generators.public import load_start
 from polyclinic.common.refusals import BadInput
 
 if TYPE_CHECKING:
-    from polyclinic.common.study import GeneratorSettings
+    from polyclinic.common.settings import GeneratorSettings
 
 Tensors = dict[str, Tensor]
 

@@ -35,7 +35,7 @@ from polyclinic.common.generators.base import Tensors, Views, load_weights
 from polyclinic.common.generators.public import hash_base, resolve
 
 if TYPE_CHECKING:
-    from polyclinic.common.study import GeneratorSettings
+    from polyclinic.common.settings import GeneratorSettings
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 

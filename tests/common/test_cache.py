@@ -21,7 +21,7 @@ from polyclinic.common.data.preprocess import preprocess
 from polyclinic.common.data.table import Record
 from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.refusals import BadInput, Refusal
-from polyclinic.common.study import DataSettings, GeneratorSettings
+from polyclinic.common.settings import DataSettings, GeneratorSettings
 
 SETTINGS = GeneratorSettings(size="msdm-tiny", max_tokens=16)
 DATA = DataSettings(image_size=32)
@@ -35,7 +35,7 @@ from polyclinic.common.data import cache
 from polyclinic.common.data.table import Record
 from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.study import DataSettings, GeneratorSettings
+from polyclinic.common.settings import DataSettings, GeneratorSettings
 
 images, vae, folder, hang_after = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 cache.IMAGES_A_SHARD = {SHARD}

@@ -25,7 +25,7 @@ from polyclinic.common.generators.msdm import SIZES, TRAIN_STEPS, Msdm
 from polyclinic.common.generators.public import hash_state
 from polyclinic.common.privacy.random import KeyedRandom
 from polyclinic.common.privacy.views import draw_views
-from polyclinic.common.study import GeneratorSettings
+from polyclinic.common.settings import GeneratorSettings
 
 RELEASED_PARAMETERS = 326.5e6
 

@@ -12,7 +12,8 @@ import pytest
 from pydantic import BaseModel
 
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.study import Resolved, Section, Study, load_study, parse_study
+from polyclinic.common.settings import Section
+from polyclinic.common.study import Resolved, Study, load_study, parse_study
 
 STUDY = """
 name = "polyps"

