@@ -21,6 +21,7 @@ from polyclinic.common.data.table import Record
 from polyclinic.common.files import sha256_file, write_atomic
 from polyclinic.common.generators.base import BaseFiles, load_family
 from polyclinic.common.privacy.accounting import calibrate, claim
+from polyclinic.common.privacy.tap import toss_coins
 from polyclinic.common.refusals import BadInput, Refusal
 from polyclinic.common.study import Resolved
 
@@ -41,6 +42,8 @@ class Approval(BaseModel):
         sigma: Noise of the whole schedule; 0 where not private.
         divisor: Public constant a sum is divided by: q x declared patients.
         epsilon: Of the whole schedule; None where not private.
+        noise: Where the noise comes from, in words.
+        coins: The audit tap's tosses, one a coordinate; they stay here until the last round's reply.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,6 +60,8 @@ class Approval(BaseModel):
     sigma: float
     divisor: float
     epsilon: float | None
+    noise: str = ""
+    coins: str = ""
 
 
 def code_hash() -> str:
@@ -116,6 +121,8 @@ def prepare_and_approve(
         sigma=sigma,
         divisor=study.privacy.sampling_rate * policy.declared_patients,
         epsilon=epsilon,
+        noise=study.privacy.noise_words,
+        coins=toss_coins(study.privacy.canaries) if study.privacy.enabled else "",
     )
     with open_ledger(home) as ledger:
         # A crash between earmark and approval leaves an earmark that nothing can draw on: give it back.
@@ -130,6 +137,7 @@ def prepare_and_approve(
             delta=study.privacy.delta,
             epsilon=float("inf") if epsilon is None else epsilon,
             cap=policy.epsilon_total,
+            delta_cap=policy.delta_cap,
         )
         folder = home / "approvals"
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -5,54 +5,81 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from polyclinic.client.ledger import Ledger, open_ledger
+from polyclinic.client.ledger_view import DETECTED, export, rewrite_head, spending, svg, verify, words
 from polyclinic.common.cli import common_options, run_command, show
+from polyclinic.common.files import write_atomic
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="polyclinic-client", description="a hospital's side of Polyclinic")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("ledger", help="what this site has spent")
-    command.add_argument("what", choices=["show", "verify"])
-    common_options(command)
-    command.set_defaults(act=_ledger)
+    _add_ledger(commands.add_parser("ledger", help="what this site has spent"))
     return run_command(parser, argv)
 
 
-def _ledger(arguments: argparse.Namespace) -> None:
-    home: Path = arguments.home
-    with open_ledger(home) as ledger:
-        studies = _studies(ledger)
-        facts = {"lines": len(ledger.lines), "head": ledger.lines[-1]["hash"], "studies": studies}
-    if arguments.what == "verify":
-        show(arguments, facts, f"{home / 'ledger.jsonl'}: {facts['lines']} lines, the chain is whole")
-        return
-    rows = [f"{'study':10} {'rounds':>6} {'steps':>7} {'epsilon':>9} {'set aside':>10} {'delta':>8}"]
-    for row in studies:
-        rows.append(
-            f"{row['study'][:8]:10} {row['rounds']:>6} {row['steps']:>7} {row['epsilon']:>9.3f} "
-            f"{row['set_aside']:>10.3f} {row['delta']:>8.0e}"
-        )
-    show(arguments, facts, "\n".join(rows))
+def _add_ledger(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="WHAT")
+    command = commands.add_parser("show", help="epsilon spent, by study and round, and what is left")
+    _delta_option(command)
+    command.add_argument("--svg", type=Path, metavar="PATH", help="draw it, too")
+    common_options(command)
+    command.set_defaults(act=_show)
+    command = commands.add_parser("verify", help="is the ledger whole? names the first line that is not")
+    command.add_argument(
+        "--anchor",
+        action="append",
+        default=[],
+        metavar="SEQUENCE:HASH",
+        help="a line's hash from the coordinator's record of a round (ledger_sequence, ledger_hash)",
+    )
+    command.add_argument(
+        "--rewrite-head",
+        action="store_true",
+        help="ledger.head is lost and you know why: accept the chain as it stands; leaves a line",
+    )
+    common_options(command)
+    command.set_defaults(act=_verify)
+    command = commands.add_parser("export", help="lines and summary as one JSON file for an auditor")
+    command.add_argument("path", type=Path, metavar="PATH")
+    _delta_option(command)
+    common_options(command)
+    command.set_defaults(act=_export)
 
 
-def _studies(ledger: Ledger) -> list[dict[str, Any]]:
-    return [
-        {
-            "study": line["study"],
-            "approval": line["approval"],
-            "rounds": len(ledger.of(line["approval"], "reserve")),
-            "steps": sum(steps for _, _, steps in ledger.history(line["approval"])),
-            "epsilon": ledger.epsilon(line["approval"]),
-            "set_aside": float(line["epsilon"]),
-            "delta": line["delta"],
-        }
-        for line in ledger.lines
-        if line["kind"] == "earmark"
-    ]
+def _delta_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--delta", type=float, help="compute epsilon at this delta (each study's own)")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    facts = spending(arguments.home, arguments.delta)
+    if arguments.svg:
+        write_atomic(arguments.svg, svg(facts).encode(), mode=0o600)
+    show(arguments, facts, words(facts))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    if arguments.rewrite_head:
+        rewrite_head(arguments.home, arguments.anchor)
+    facts = verify(arguments.home, arguments.anchor)
+    unfinished = (
+        "; an unfinished last line is being written now, or is torn and set aside at the next start"
+        if facts["unfinished_line"]
+        else ""
+    )
+    show(
+        arguments,
+        facts,
+        f"{arguments.home / 'ledger.jsonl'}: {facts['lines']} lines, the chain is whole; checked with "
+        f"ledger.head, {facts['replies']} stored replies and {facts['anchors']} anchors{unfinished}\n"
+        f"{DETECTED}",
+    )
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    facts = export(arguments.home, arguments.path, arguments.delta)
+    show(arguments, facts, f"{facts['path']}: {facts['lines']} lines, written for an auditor")
 
 
 if __name__ == "__main__":

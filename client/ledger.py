@@ -1,7 +1,6 @@
 """The privacy ledger: one append-only, hash-chained file for a site's whole patient population.
 
-Every line is a JSON object with `sequence`, `previous` (hash of the line before), `salt`, `kind`,
-`time`, the kind's own fields, and `hash` (SHA-256 of the canonical JSON of all the rest). Kinds:
+A line has the fields that `ledger_chain` says, and its kind's own. Kinds:
 
 * `open`: the ledger's birth: site name, whether it is a simulation's.
 * `earmark`: an approval sets a study's whole schedule aside: approval, study, sigma, rate, steps,
@@ -10,17 +9,18 @@ Every line is a JSON object with `sequence`, `previous` (hash of the line before
 * `settle`: the reply is stored: approval, round, hash of the stored bytes.
 * `spent`: the process itself saw its attempt fail; the reservation counts as used.
 * `close`: a study ended; what it did not use comes back.
+* `anchor`: a person accepted a whole chain whose `ledger.head` was lost.
 
 Order of a round: reserve + fsync -> train -> store the reply in one rename -> settle + fsync ->
 first byte sent. A second file, `ledger.head`, holds sequence and hash of the last line: an anchor
-against lost lines. A torn last line is set aside and named.
+against lost lines. A torn last line is set aside and named. docs/ledger.md has the format in full.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -30,9 +30,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from polyclinic.client.ledger_chain import GENESIS, Line, inspect, line_hash
 from polyclinic.common.files import (
     canonical_json,
     naming_full_disk,
+    sha256_file,
     sync_folder,
     write_atomic,
     write_fully,
@@ -40,9 +42,6 @@ from polyclinic.common.files import (
 )
 from polyclinic.common.privacy.accounting import History, claim
 from polyclinic.common.refusals import Refusal
-
-Line = dict[str, Any]
-GENESIS = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Reservation:
 class Ledger:
     """A site's ledger, held under the site's one lock.
 
-    Use `open_ledger`; an instance is only valid inside its `with` block.
+    Use `open_ledger`; an instance may write only inside its `with` block.
     """
 
     def __init__(self, folder: Path, lines: list[Line]) -> None:
@@ -93,14 +92,19 @@ class Ledger:
             return float("inf")
         return claim(self.history(approval), earmark["delta"])
 
-    def committed(self) -> float:
-        """Epsilon set aside for all studies, added up: open ones whole, closed ones as spent."""
-        total = 0.0
-        for line in self.lines:
-            if line["kind"] == "earmark":
-                closed = bool(self.of(line["approval"], "close"))
-                total += self.epsilon(line["approval"]) if closed else float(line["epsilon"])
-        return total
+    def charge(self, approval: str) -> tuple[float, float]:
+        """(epsilon, delta) a study counts under the caps: open, its whole schedule; closed, as spent."""
+        (earmark,) = self.of(approval, "earmark")
+        if not self.of(approval, "close"):
+            return float(earmark["epsilon"]), earmark["delta"]
+        if not self.of(approval, "reserve"):
+            return 0.0, 0.0
+        return self.epsilon(approval), earmark["delta"]
+
+    def committed(self) -> tuple[float, float]:
+        """(epsilon, delta) of all studies, each added up: basic composition (PRIVACY.md, rule 5)."""
+        charges = [self.charge(line["approval"]) for line in self.lines if line["kind"] == "earmark"]
+        return math.fsum(epsilon for epsilon, _ in charges), math.fsum(delta for _, delta in charges)
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -115,6 +119,7 @@ class Ledger:
         delta: float,
         epsilon: float,
         cap: float,
+        delta_cap: float,
     ) -> None:
         """Set a study's whole schedule aside.
 
@@ -126,15 +131,19 @@ class Ledger:
             steps: Steps of the whole schedule.
             delta: Of the guarantee.
             epsilon: Of the whole schedule; infinity where not private.
-            cap: The site's total over all studies.
+            cap: The site's total epsilon over all studies.
+            delta_cap: The site's total delta over all studies.
 
         Raises:
-            Refusal: `budget-exhausted` where the total would pass the cap, or where a private study
+            Refusal: `budget-exhausted` where a total would pass its cap, or where a private study
                 would follow one that was not (PRIVACY.md, rule 11).
         """
-        before = self.committed()
-        if epsilon != float("inf") and before + epsilon > cap:
-            raise Refusal("budget-exhausted", f"{before:.2f} committed, {epsilon:.2f} asked, cap {cap:.2f}")
+        before, delta_before = self.committed()
+        # A rounding error of the sum must not refuse the study that fills the cap exactly.
+        over = before + epsilon > cap or delta_before + delta > delta_cap * (1 + 1e-9)
+        if epsilon != float("inf") and over:
+            sums = f"committed {before:.2f}, {delta_before:g}; asked {epsilon:.2f}, {delta:g}"
+            raise Refusal("budget-exhausted", f"epsilon, delta: {sums}; caps {cap:.2f}, {delta_cap:g}")
         text: float | str = "inf" if epsilon == float("inf") else epsilon
         self._append(
             "earmark",
@@ -148,18 +157,26 @@ class Ledger:
         )
 
     def stored_reply(self, approval: str, round_number: int, state: str) -> Path | None:
-        """Find the reply to a round that was already answered.
+        """Find the reply to a round that was already answered, and check that it is the settled one.
 
         Raises:
-            Refusal: `round-already-answered` where the round was reserved for another state.
+            Refusal: `round-already-answered` where the round was reserved for another state;
+                `reply-broken` where the settled file is gone or changed: it may have been sent, so
+                training again would be a second release; `ledger-broken` for a reply never reserved.
         """
-        for line in self.of(approval, "reserve"):
-            if line["round"] == round_number:
-                if line["state"] != state:
-                    raise Refusal("round-already-answered")
-                path = self.reply_path(approval, round_number)
-                return path if path.exists() else None
-        return None
+        path = self.reply_path(approval, round_number)
+        reserved, settled = (self._line(approval, kind, round_number) for kind in ("reserve", "settle"))
+        if reserved is None:
+            if path.exists():
+                raise Refusal("ledger-broken", f"{path} is there, its reservation is not")
+            return None
+        if reserved["state"] != state:
+            raise Refusal("round-already-answered")
+        if settled is None:
+            return path if path.exists() else None
+        if not path.exists() or sha256_file(path) != settled["reply"]:
+            raise Refusal("reply-broken", str(path))
+        return path
 
     def reserve(
         self,
@@ -175,42 +192,40 @@ class Ledger:
         """Spend before touching: reserve a round's steps, fsync'd before this returns.
 
         Raises:
-            Refusal: `budget-exhausted` beyond the earmarked schedule; `round-already-answered` for
-                a round that was closed as spent.
+            Refusal: `budget-exhausted` beyond the earmarked schedule or after the study was closed;
+                `round-already-answered` for a round that was settled, closed as spent, or reserved for
+                anything else.
         """
         (earmark,) = self.of(approval, "earmark")
-        for line in self.of(approval, "reserve"):
-            if line["round"] == round_number:
-                if any(spent["round"] == round_number for spent in self.of(approval, "spent")):
-                    raise Refusal("round-already-answered", "an earlier attempt failed and counts as spent")
-                return Reservation(line["sequence"], line["hash"], reused=True)
+        asked = {"state": state, "sigma": sigma, "rate": rate, "steps": steps, "tau": tau}
         used = sum(count for _, _, count in self.history(approval))
+        if self.of(approval, "close"):
+            raise Refusal("budget-exhausted", "the study is closed")
+        earlier = self._line(approval, "reserve", round_number)
+        if earlier is not None:
+            if self._line(approval, "spent", round_number):
+                raise Refusal("round-already-answered", "an earlier attempt failed and counts as spent")
+            if self._line(approval, "settle", round_number) or any(earlier[k] != v for k, v in asked.items()):
+                raise Refusal("round-already-answered")
+            return Reservation(earlier["sequence"], earlier["hash"], reused=True)
         weaker = sigma < earmark["sigma"] or rate > earmark["rate"]
-        if used + steps > earmark["steps"] or weaker or self.of(approval, "close"):
+        if used + steps > earmark["steps"] or weaker:
             raise Refusal("budget-exhausted", f"{used} of {earmark['steps']} steps used")
-        line = self._append(
-            "reserve",
-            approval=approval,
-            round=round_number,
-            state=state,
-            sigma=sigma,
-            rate=rate,
-            steps=steps,
-            tau=tau,
-        )
+        line = self._append("reserve", approval=approval, round=round_number, **asked)
         return Reservation(line["sequence"], line["hash"], reused=False)
 
     def settle(self, approval: str, round_number: int, reply: bytes) -> Path:
         """Store the reply whole, then write that it is there. Only the stored file may be sent."""
         path = self.reply_path(approval, round_number)
         path.parent.mkdir(mode=0o700, exist_ok=True)
+        sync_folder(self.folder)  # or a power cut could leave a settle line without its reply
         write_atomic(path, reply, mode=0o600)
         self.note_settled(approval, round_number, reply)
         return path
 
     def note_settled(self, approval: str, round_number: int, reply: bytes) -> None:
         """Write the settle line, once: after a crash between store and settle it may be missing."""
-        if not any(line["round"] == round_number for line in self.of(approval, "settle")):
+        if self._line(approval, "settle", round_number) is None:
             self._append(
                 "settle", approval=approval, round=round_number, reply=hashlib.sha256(reply).hexdigest()
             )
@@ -224,9 +239,17 @@ class Ledger:
         if not self.of(approval, "close"):
             self._append("close", approval=approval)
 
+    def anchor(self) -> None:
+        """Write a line, and with it a new head, because a person accepts a chain that had lost its own."""
+        self._append("anchor")
+
     def reply_path(self, approval: str, round_number: int) -> Path:
         """Where a round's reply is stored."""
         return self.folder / "replies" / f"{approval}-{round_number:04d}.safetensors"
+
+    def _line(self, approval: str, kind: str, round_number: int) -> Line | None:
+        """The line of one kind for a round, if it is there; there is at most one."""
+        return next((line for line in self.of(approval, kind) if line["round"] == round_number), None)
 
     def _append(self, kind: str, **values: Any) -> Line:
         line: Line = {
@@ -258,17 +281,13 @@ class Ledger:
         return line
 
 
-def line_hash(line: Line) -> str:
-    """SHA-256 of a line's canonical JSON without its own hash."""
-    return hashlib.sha256(canonical_json({k: v for k, v in line.items() if k != "hash"})).hexdigest()
-
-
 @contextmanager
-def open_ledger(folder: Path) -> Iterator[Ledger]:
+def open_ledger(folder: Path, *, headless: bool = False) -> Iterator[Ledger]:
     """Hold a site's ledger under its lock.
 
     Args:
         folder: The site's home.
+        headless: As in `inspect`.
 
     Raises:
         Refusal: `another-process` holds it; `ledger-missing`; `ledger-broken` with the line's number.
@@ -276,7 +295,7 @@ def open_ledger(folder: Path) -> Iterator[Ledger]:
     if not (folder / "ledger.jsonl").exists():
         raise Refusal("ledger-missing", str(folder / "ledger.jsonl"))
     with _lock(folder):
-        yield Ledger(folder, read_lines(folder))
+        yield Ledger(folder, read_lines(folder, headless=headless))
 
 
 def create_ledger(folder: Path, site: str, *, simulated: bool) -> None:
@@ -285,65 +304,35 @@ def create_ledger(folder: Path, site: str, *, simulated: bool) -> None:
     Raises:
         Refusal: `ledger-missing` where the site approved a study before but its ledger is gone.
     """
+    path = folder / "ledger.jsonl"
     with _lock(folder):
-        if (folder / "ledger.jsonl").exists():
+        if path.exists() and b"\n" in path.read_bytes():
             return
-        if (folder / "ledger.head").exists() or (folder / "approvals").exists():
+        if any((folder / name).exists() for name in ("ledger.head", "approvals", "replies")):
             raise Refusal("ledger-missing", f"{folder} approved a study before")
+        path.unlink(missing_ok=True)  # no whole line: a creation that was killed
         Ledger(folder, [])._append("open", site=site, simulated=simulated)
         sync_folder(folder)
 
 
-def read_lines(folder: Path) -> list[Line]:
-    """Read and verify a ledger.
+def read_lines(folder: Path, *, headless: bool = False) -> list[Line]:
+    """Read and verify a ledger whose lock is held.
 
     A torn last line (a crash while it was written; nothing can have followed it) is moved to
     `ledger.torn` and named on the terminal.
 
     Raises:
-        Refusal: `ledger-broken` for an edited, reordered or missing line.
+        Refusal: As `inspect`.
     """
-    path = folder / "ledger.jsonl"
-    raw = path.read_bytes()
-    whole, _, torn = raw.rpartition(b"\n")
-    lines: list[Line] = []
-    previous = GENESIS
-    for number, text in enumerate(whole.split(b"\n") if whole else []):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise Refusal("ledger-broken", f"line {number + 1} is not JSON") from error
-        if not _follows(line, number, previous):
-            raise Refusal("ledger-broken", f"line {number + 1} was changed, moved or follows a missing one")
-        previous = line["hash"]
-        lines.append(line)
-    head_path = folder / "ledger.head"
-    if head_path.exists():
-        try:
-            head = json.loads(head_path.read_text())
-            sequence, anchor = int(head["sequence"]), str(head["hash"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise Refusal("ledger-broken", "ledger.head cannot be read") from error
-        # The head is written after its line, so it may be one line behind, never ahead.
-        if not 0 <= sequence < len(lines) or lines[sequence]["hash"] != anchor:
-            raise Refusal("ledger-broken", f"{sequence + 1} lines are anchored, {len(lines)} are there")
+    lines, torn = inspect(folder, headless=headless)
     if torn:
         from polyclinic.common.progress import say
 
+        path = folder / "ledger.jsonl"
         write_atomic(folder / "ledger.torn", torn, mode=0o600)
-        write_atomic(path, whole + b"\n" if whole else b"", mode=0o600)
+        write_atomic(path, path.read_bytes().removesuffix(torn), mode=0o600)
         say(f"{path}: a torn last line was set aside in ledger.torn")
     return lines
-
-
-def _follows(line: Any, number: int, previous: str) -> bool:
-    """Tell whether a line is whole, unchanged and in its place."""
-    if not isinstance(line, dict) or line.get("sequence") != number or line.get("previous") != previous:
-        return False
-    try:
-        return bool(line.get("hash") == line_hash(line))
-    except ValueError:  # NaN or infinity, which we never write
-        return False
 
 
 @contextmanager

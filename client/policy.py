@@ -19,6 +19,9 @@ class Policy(BaseModel):
     declared_patients: int = Field(ge=1, description="public size of the site, typed by a person")
     epsilon_per_study: float = Field(10.0, gt=0, description="cap on one study")
     epsilon_total: float = Field(10.0, gt=0, description="cap on the sum over all studies")
+    delta_total: float | None = Field(
+        None, gt=0, lt=1, description="cap on the sum of deltas; default: 1 / (10 x declared_patients)"
+    )
     min_patients: int = Field(20, ge=1, description="fewer patients are never approved")
     min_sigma: float = Field(0.3, ge=0, description="private studies with less noise are refused")
     max_rounds: int = Field(1000, ge=1)
@@ -26,6 +29,11 @@ class Policy(BaseModel):
     families: tuple[str, ...] = ("msdm",)
     allow_not_private: bool = Field(False, description="may train without privacy")
     allow_test_randomness: bool = Field(False, description="may train with fixed randomness")
+
+    @property
+    def delta_cap(self) -> float:
+        """Cap on the sum of all studies' deltas: what one study may have, unless a person typed another."""
+        return self.delta_total if self.delta_total is not None else 1 / (10 * self.declared_patients)
 
 
 def load_policy(home: Path) -> Policy:

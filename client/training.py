@@ -16,6 +16,7 @@ from polyclinic.client.ledger import Ledger, Reservation, open_ledger
 from polyclinic.client.policy import check_noise
 from polyclinic.common.cost import Meter, append_cost, view_flops
 from polyclinic.common.data.cache import Cached, load_cache
+from polyclinic.common.device import pick_device
 from polyclinic.common.generators.base import (
     Family,
     Tensors,
@@ -23,12 +24,13 @@ from polyclinic.common.generators.base import (
     load_trainable_state,
     trainable_state,
 )
-from polyclinic.common.privacy.clipping import TAU
+from polyclinic.common.privacy.clipping import tau
 from polyclinic.common.privacy.random import KeyedRandom
 from polyclinic.common.privacy.selftest import self_test
+from polyclinic.common.privacy.tap import Tap
 from polyclinic.common.refusals import Refusal
 from polyclinic.common.study import CODE_VERSION
-from polyclinic.common.training import PlainEngine, PrivateEngine, StepEngine, pick_device, train
+from polyclinic.common.training import PlainEngine, PrivateEngine, StepEngine, train
 from polyclinic.common.wire import ReplyFacts, RoundOrder, check_like, pack_reply, state_hash
 
 # Approvals whose self-test this process has passed: once at start-up is enough.
@@ -76,7 +78,7 @@ def answer_round(home: Path, order: RoundOrder, state: Tensors, *, in_time: Call
         )
         check_like(state, trainable_state(family.module))
         if study.privacy.enabled and (approval.id, device) not in _SELF_TESTED:
-            self_test(family, study.privacy.engine)
+            self_test(family, study.privacy.engine, study.privacy.views)
             _SELF_TESTED.add((approval.id, device))
         data = load_cache(home / "cache", approval.cache_index)  # refuses before anything is spent
         reservation = ledger.reserve(
@@ -86,13 +88,13 @@ def answer_round(home: Path, order: RoundOrder, state: Tensors, *, in_time: Call
             sigma=approval.sigma,
             rate=study.privacy.sampling_rate,
             steps=study.training.steps_per_round,
-            tau=TAU if study.privacy.enabled else 0.0,
+            tau=tau(study.privacy.engine) if study.privacy.enabled else 0.0,
         )
         try:
             with Meter(device) as meter:
-                difference = _train(approval, order.round, state, family, data, device)
+                difference, tap = _train(approval, order.round, state, family, data, device)
             facts = _facts(approval, order, ledger, reservation, family)
-            ledger.settle(approval.id, order.round, pack_reply(difference, facts))
+            ledger.settle(approval.id, order.round, pack_reply(difference, facts, tap))
         except Exception:
             # The attempt is seen to fail here: it counts as spent, unless its reply is already stored.
             # Its text stays at the site.
@@ -105,22 +107,34 @@ def answer_round(home: Path, order: RoundOrder, state: Tensors, *, in_time: Call
 
 def _train(
     approval: Approval, round_number: int, state: Tensors, family: Family, data: Cached, device: str
-) -> Tensors:
-    """Train a round's steps and return the difference, fp32 on the CPU."""
+) -> tuple[Tensors, Tensors]:
+    """Train a round's steps and return the difference and what the tap sends, fp32 on the CPU."""
     study = approval.resolved.study
     load_trainable_state(family.module, state)
     key = study.training.test_key
     random = KeyedRandom.from_os() if key is None else KeyedRandom.for_test(key, approval.site, round_number)
+    privacy, tap = study.privacy, None
     engine: StepEngine
-    if study.privacy.enabled:
+    if privacy.enabled:
+        if privacy.canaries:
+            rate, clip = privacy.sampling_rate, privacy.clip
+            tap = Tap(approval.coins, random, rate=rate, clip=clip, margin=tau(privacy.engine), device=device)
         engine = PrivateEngine(
-            family, data, study, random, sigma=approval.sigma, divisor=approval.divisor, device=device
+            family,
+            data,
+            study,
+            random,
+            sigma=approval.sigma,
+            divisor=approval.divisor,
+            device=device,
+            tap=tap,
         )
     else:
         engine = PlainEngine(family, data, study, random, device=device)
     steps = study.training.steps_per_round
     train(engine, (round_number - 1) * steps, steps, f"round {round_number} {approval.site}")
-    return {name: tensor - state[name] for name, tensor in trainable_state(family.module).items()}
+    moved = {name: tensor - state[name] for name, tensor in trainable_state(family.module).items()}
+    return moved, tap.released(last=round_number == study.training.rounds) if tap else {}
 
 
 def _facts(
@@ -136,7 +150,7 @@ def _facts(
         steps=steps,
         clip=study.privacy.clip if private else float("inf"),
         divisor=approval.divisor,
-        tau=TAU if private else 0.0,
+        tau=tau(study.privacy.engine) if private else 0.0,
         epsilon=ledger.epsilon(approval.id),
         delta=study.privacy.delta,
         code_version=CODE_VERSION,

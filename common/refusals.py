@@ -65,6 +65,8 @@ REASONS: dict[str, Reason] = {
                "wait for it to end, or stop it"),
         Reason(1018, "too-few-replies", "fewer sites answered than a release needs",
                "start the missing sites, or lower federation.min_sites before approval"),
+        Reason(1019, "reply-broken", "the site's stored reply to this round is gone or was changed",
+               "restore it from the site's backup; training again would release the round twice"),
     )
 }  # fmt: skip
 

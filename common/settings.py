@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -59,6 +59,11 @@ class VaeTraining(Section):
     learning_rate: float = Field(1e-3, gt=0, description="peak of a OneCycle schedule")
     kl_weight: float = Field(1e-5, ge=0)
     gradient_weight: float = Field(0.5, ge=0, description="weight of the L1 loss between image gradients")
+    adversarial_steps: int = Field(
+        0, ge=0, description="steps that then sharpen the decoder against a patch discriminator"
+    )
+    adversarial_learning_rate: float = Field(4e-4, gt=0, description="Adam, of both players")
+    adversarial_weight: float = Field(0.005, ge=0, description="beside a reconstruction loss of weight 1")
     seed: int = Field(0, ge=0, description="public: only public images are touched")
 
 
@@ -104,6 +109,9 @@ class GeneratorSettings(Section):
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     loss: Literal["l1", "mse"] = "l1"
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; none by default")
+    timestep_shift: float = Field(
+        1.0, gt=0, description="above 1 draws noisier timesteps: t' = s t / (1 + (s - 1) t), t uniform"
+    )
     prompt_dropout: float = Field(0.2, ge=0, lt=1, description="share of views whose whole prompt is dropped")
     train: Literal["all", "attention", "conditioning"] = Field(
         "all",
@@ -129,8 +137,39 @@ class PrivacySettings(Section):
     learning_rate: float | None = Field(
         None, gt=0, description="AdamW's peak rate in private steps; default: training.learning_rate"
     )
-    engine: Literal["vmap", "loop"] = Field("vmap", description="how per-patient gradients are computed")
+    engine: Literal["bookkeeping", "vmap", "loop", "hooks", "ghost"] = Field(
+        "bookkeeping",
+        description="how per-patient gradients are clipped; all but the first are there to compare with",
+    )
     micro_batch: int = Field(8, ge=1, description="patients whose gradients are held at once")
+    noise: Literal["aes-ctr", "device"] = Field(
+        "aes-ctr",
+        description="where noise comes from: a cryptographic keystream, or a GPU's own generator, which is "
+        "faster and not cryptographic (a CPU always takes the keystream)",
+    )
+    canaries: int = Field(
+        2000,
+        ge=0,
+        le=100_000,
+        description="coordinates of the audit tap, by which the coordinator checks noise, scale and clip "
+        "threshold; 0: no tap",
+    )
+
+    @field_validator("canaries")
+    @classmethod
+    def _enough_canaries(cls, canaries: int) -> int:
+        if 0 < canaries < 100:
+            raise ValueError("must be 0 (no audit tap) or at least 100")
+        return canaries
+
+    @property
+    def noise_words(self) -> str:
+        """Where the noise comes from, for an approval, a plan and a report."""
+        if not self.enabled:
+            return "no noise"
+        if self.noise == "device":
+            return "a GPU's generator, keyed anew by the operating system every step: NOT cryptographic"
+        return "an AES-256-CTR keystream under a fresh key from the operating system: cryptographic"
 
 
 class TrainingSettings(Section):

@@ -7,7 +7,7 @@ views; whatever it makes is NOT PRIVATE. Both are stateless between rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -17,26 +17,11 @@ from torch import Tensor
 from polyclinic.common.data.cache import Cached
 from polyclinic.common.generators.base import Family, Tensors, Views, trainable
 from polyclinic.common.privacy.clipping import ENGINES
-from polyclinic.common.privacy.random import KeyedRandom
+from polyclinic.common.privacy.random import DeviceNoise, KeyedRandom, StepNoise
+from polyclinic.common.privacy.tap import SUM, Tap
 from polyclinic.common.privacy.views import draw_views, poisson_sample
 from polyclinic.common.progress import track
-from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study
-
-
-def pick_device(asked: str) -> str:
-    """Where to train: `cpu`, `cuda`, or for `auto` a GPU where there is one.
-
-    Raises:
-        BadInput: A GPU is asked for and there is none.
-    """
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise BadInput(
-            '`training.device = "cuda"`: this machine has no GPU that torch sees; write "auto" or "cpu"'
-        )
-    return asked
 
 
 class StepEngine(Protocol):
@@ -52,9 +37,14 @@ class PatientDPOptimizer(DPOptimizer):  # type: ignore[misc]
 
     Noise, scaling by the public divisor and the order of the two are Opacus's; the clipped sum comes
     from `clipping`, and `add_noise` draws from our own cryptographic streams.
+
+    Attributes:
+        noise_source: Noise of a tensor by its name, shape and standard deviation; float64.
+        after_noise: Called when gradients are noised and divided, before the step is taken.
     """
 
     noise_source: Callable[[str, torch.Size, float], Tensor]
+    after_noise: Callable[[], None] | None = None
 
     def step_on(self, names: list[str], sums: Tensors) -> None:
         """Add noise to the sums, divide by the public constant and step.
@@ -68,6 +58,8 @@ class PatientDPOptimizer(DPOptimizer):  # type: ignore[misc]
             parameter.summed_grad = sums[name]
         self.add_noise()
         self.scale_grad()
+        if self.after_noise is not None:
+            self.after_noise()
         self.original_optimizer.step()
         for parameter in self.params:
             parameter.summed_grad = parameter.grad = None
@@ -109,16 +101,11 @@ class _Sampler:
         return Views.of({name: tensor.to(self.device) for name, tensor in views.tensors().items()})
 
 
-def _adamw(family: Family, study: Study) -> tuple[list[str], torch.optim.AdamW]:
-    parameters = trainable(family.module)
+def _adamw(parameters: Iterable[Tensor], study: Study) -> torch.optim.AdamW:
     settings = study.training
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
+    return torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
     )
-    return list(parameters), optimizer
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -127,7 +114,11 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 class PrivateEngine:
-    """DP-SGD for diffusion: sample patients, clip each one's gradient to C, add noise, divide, step."""
+    """DP-SGD for diffusion: sample patients, clip each one's gradient to C, add noise, divide, step.
+
+    An audit tap rides along as one more tensor of the optimizer, but not of the module: what it gets is
+    what every weight gets, and the trainable state stays exactly the module's.
+    """
 
     def __init__(
         self,
@@ -139,27 +130,38 @@ class PrivateEngine:
         sigma: float,
         divisor: float,
         device: str,
+        tap: Tap | None = None,
     ) -> None:
         self.family, self.study, self.random = family, study, random
+        self.device, self.tap = device, tap
         self.sampler = _Sampler(family, data, study, random, device)
-        self.names, optimizer = _adamw(family, study)
+        parameters = {**trainable(family.module), **({SUM: tap.parameter} if tap else {})}
+        self.names = list(parameters)
         self.optimizer = PatientDPOptimizer(
-            optimizer,
+            _adamw(parameters.values(), study),
             noise_multiplier=sigma,
             max_grad_norm=study.privacy.clip,
             expected_batch_size=divisor,
         )
+        self.optimizer.after_noise = tap.collect if tap else None
 
     def step(self, step: int) -> None:
         """Take one noised step; a sample without patients is a step of pure noise."""
         privacy = self.study.privacy
         clipped_sum = ENGINES[privacy.engine]
+        self.optimizer.noise_source = self._noise(step)
         sums = clipped_sum(self.family, self.sampler.views(step), privacy.clip, privacy.micro_batch)
-        self.optimizer.noise_source = lambda name, shape, std: self.random.stream(
-            "noise", step, name
-        ).protective_normal(shape, std)
+        if self.tap is not None:
+            sums = {**sums, SUM: self.tap.clipped_sum(step)}
         _set_rate(self.optimizer.original_optimizer, self.study.learning_rate(step))
         self.optimizer.step_on(self.names, sums)
+
+    def _noise(self, step: int) -> Callable[[str, torch.Size, float], Tensor]:
+        """Start to make this step's noise; no CPU has a generator of its own to take it from."""
+        if self.study.privacy.noise == "device" and self.device != "cpu":
+            return DeviceNoise(self.device)
+        shapes = zip(self.names, self.optimizer.params, strict=True)
+        return StepNoise(self.random, step, {name: parameter.shape for name, parameter in shapes})
 
 
 class PlainEngine:
@@ -170,7 +172,7 @@ class PlainEngine:
     ) -> None:
         self.family, self.study = family, study
         self.sampler = _Sampler(family, data, study, random, device)
-        _, self.optimizer = _adamw(family, study)
+        self.optimizer = _adamw(trainable(family.module).values(), study)
 
     def step(self, step: int) -> None:
         """Step on the mean loss over all views of the sampled patients; nobody sampled, no step."""

@@ -1,7 +1,8 @@
 """What crosses the wire: trainable state <-> Flower records, in a closed schema (PRIVACY.md, rule 12).
 
-Down: the trainable state, the round number and the deadline. Up: the noised difference and the
-fields of `ReplyFacts`, all of them public parameters. Anything else is refused on both sides.
+Down: the trainable state, the round number and the deadline. Up: the noised difference, the audit
+tap's sums where the study has a tap, and the fields of `ReplyFacts`, all of them public parameters.
+Anything else is refused on both sides.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from io import BytesIO
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.generators.public import hash_state
+from polyclinic.common.privacy.tap import COINS, SUM
 from polyclinic.common.refusals import Refusal
 
 T = TypeVar("T")
 
-STATE, ROUND, DIFFERENCE, FACTS = "state", "round", "difference", "facts"
+STATE, ROUND, DIFFERENCE, TAP, FACTS = "state", "round", "difference", "tap", "facts"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,14 @@ class ReplyFacts:
     flops: float
 
 
+class Reply(NamedTuple):
+    """What a site answers: only `difference` is ever aggregated, `tap` is for the audit alone."""
+
+    difference: Tensors
+    facts: ReplyFacts
+    tap: Tensors
+
+
 def order_records(order: RoundOrder, state: Tensors) -> RecordDict:
     """Pack what goes down to a site."""
     return RecordDict({STATE: _arrays(state), ROUND: ConfigRecord(asdict(order))})
@@ -99,26 +109,32 @@ def read_order(content: RecordDict) -> tuple[RoundOrder, Tensors]:
 
 def reply_records(stored: bytes) -> RecordDict:
     """Pack a stored reply, and only a stored reply, for the way up."""
-    difference, facts = unpack_reply(stored)
-    return RecordDict({DIFFERENCE: _arrays(difference), FACTS: ConfigRecord(asdict(facts))})
+    reply = unpack_reply(stored)
+    tap = {TAP: _arrays(reply.tap)} if reply.tap else {}
+    return RecordDict(
+        {DIFFERENCE: _arrays(reply.difference), FACTS: ConfigRecord(asdict(reply.facts)), **tap}
+    )
 
 
-def read_reply(content: RecordDict, like: Tensors) -> tuple[Tensors, ReplyFacts]:
+def read_reply(content: RecordDict, like: Tensors, tap_like: Tensors | None = None) -> Reply:
     """Unpack and check a reply at the server.
 
     Args:
         content: What a site sent.
         like: The state of the round: names and shapes a difference must have.
+        tap_like: Names and shapes the tap must have in this round; none where there is no tap.
 
     Raises:
         Refusal: `bad-message` for any field outside the schema, `bad-state` for other names, shapes,
             types, or numbers that are not finite.
     """
-    if set(content) != {DIFFERENCE, FACTS}:
+    if set(content) != {DIFFERENCE, FACTS, *([TAP] if tap_like else [])}:
         raise Refusal("bad-message", f"records {sorted(content)}")
     difference = _tensors(content[DIFFERENCE])
     check_like(difference, like)
-    return difference, _parse(ReplyFacts, content[FACTS])
+    tap = _tensors(content[TAP]) if tap_like else {}
+    check_like(tap, tap_like or {})
+    return Reply(difference, _parse(ReplyFacts, content[FACTS]), tap)
 
 
 def check_like(tensors: Tensors, like: Tensors) -> None:
@@ -132,15 +148,18 @@ def check_like(tensors: Tensors, like: Tensors) -> None:
             raise Refusal("bad-state", f"{name} is not finite")
 
 
-def pack_reply(difference: Tensors, facts: ReplyFacts) -> bytes:
+def pack_reply(difference: Tensors, facts: ReplyFacts, tap: Tensors | None = None) -> bytes:
     """Serialize a reply for the site's store: safetensors with the facts in its header."""
-    return save(difference, metadata={FACTS: json.dumps(asdict(facts))})
+    return save({**difference, **(tap or {})}, metadata={FACTS: json.dumps(asdict(facts))})
 
 
-def unpack_reply(stored: bytes) -> tuple[Tensors, ReplyFacts]:
+def unpack_reply(stored: bytes) -> Reply:
     """Read a stored reply."""
     header = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
-    return load(stored), ReplyFacts(**json.loads(header["__metadata__"][FACTS]))
+    facts = ReplyFacts(**json.loads(header["__metadata__"][FACTS]))
+    difference = load(stored)
+    tap = {name: difference.pop(name) for name in (SUM, COINS) if name in difference}
+    return Reply(difference, facts, tap)
 
 
 def payload_bytes(content: RecordDict) -> int:

@@ -9,12 +9,12 @@ from typing import Any
 
 from polyclinic.common.cost import Meter, append_cost, read_costs
 from polyclinic.common.data.cache import snapshot_hash
+from polyclinic.common.device import pick_device
 from polyclinic.common.files import canonical_json
 from polyclinic.common.generators.base import BaseFiles, Tensors, load_family, load_weights, trainable_state
 from polyclinic.common.generators.public import hash_base, hash_source, hash_state, resolve
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Resolved, Study
-from polyclinic.common.training import pick_device
 from polyclinic.server.pretrain import pretrain_generator, pretrain_vae
 from polyclinic.server.reference import Reference
 

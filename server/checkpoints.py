@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save
 
 from polyclinic.common.files import naming_full_disk, sync_folder, write_atomic, write_json_atomic
 from polyclinic.common.generators.base import Tensors
+
+TAPS = "taps.safetensors"
 
 
 class RoundRecord(BaseModel):
@@ -45,11 +47,19 @@ class RoundRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a run needs to go on."""
+    """Everything a run needs to go on, and beside it what the sites' audit taps sent.
+
+    Attributes:
+        record: What happened in the round.
+        state: Trainable state after it.
+        average: Moving average of the states.
+        taps: Site to the tensors of its tap; kept in a file of their own, never loaded with a state.
+    """
 
     record: RoundRecord
     state: Tensors
     average: Tensors
+    taps: dict[str, Tensors] = field(default_factory=dict)
 
 
 def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> None:
@@ -62,6 +72,9 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> None:
         with naming_full_disk(place):
             write_atomic(temporary / "state.safetensors", save(checkpoint.state))
             write_atomic(temporary / "average.safetensors", save(checkpoint.average))
+            if checkpoint.taps:
+                flat = {f"{site}/{n}": t for site, tap in checkpoint.taps.items() for n, t in tap.items()}
+                write_atomic(temporary / TAPS, save(flat))
             write_json_atomic(temporary / "record.json", json.loads(checkpoint.record.model_dump_json()))
             temporary.chmod(0o755)
             temporary.rename(place)
@@ -89,3 +102,13 @@ def load_record(run_dir: Path, number: int) -> RoundRecord:
     """Read a round's record alone."""
     path = run_dir / "checkpoints" / f"round-{number:04d}" / "record.json"
     return RoundRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
+
+
+def load_taps(run_dir: Path, number: int) -> dict[str, Tensors]:
+    """Read what the sites' audit taps sent in a round: site to tensors by name; empty without a tap."""
+    path = run_dir / "checkpoints" / f"round-{number:04d}" / TAPS
+    taps: dict[str, Tensors] = {}
+    for name, tensor in (load_file(str(path)) if path.exists() else {}).items():
+        site, *rest = name.rsplit("/", 2)  # a site's name may hold slashes, a tap's tensor has one
+        taps.setdefault(site, {})["/".join(rest)] = tensor
+    return taps

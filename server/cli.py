@@ -68,8 +68,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
+    from polyclinic.common.device import pick_device
     from polyclinic.common.generators.public import hash_source, resolve
-    from polyclinic.common.training import pick_device
     from polyclinic.server.pretrain import pretrain_generator, pretrain_vae
     from polyclinic.server.reference import split_reference
 

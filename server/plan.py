@@ -73,6 +73,7 @@ class Plan(Part):
         sampling_rate: Chance q of a patient to be in a step.
         views: Views a sampled patient shows in a step.
         clip: Bound on a patient's gradient norm; None without privacy.
+        noise: Where the noise comes from, in words.
         state_bytes: The trainable state in fp32: bytes down, and up, a round and site.
         forward_flops: Operations of one view, forward alone.
         view_flops: Operations of one view, forward and backward.
@@ -100,6 +101,7 @@ class Plan(Part):
     sampling_rate: float
     views: int
     clip: float | None
+    noise: str
     state_bytes: int
     forward_flops: int
     view_flops: int
@@ -150,6 +152,7 @@ def plan(study: Study, source: str = "study") -> Plan:
         sampling_rate=privacy.sampling_rate,
         views=privacy.views,
         clip=privacy.clip if privacy.enabled else None,
+        noise=privacy.noise_words,
         state_bytes=state_bytes,
         forward_flops=forward_flops(family),
         view_flops=view,
@@ -320,7 +323,8 @@ def _privacy_words(plan: Plan) -> str:
     return (
         f"Privacy, {plan.unit}-level: (epsilon, delta) for adding or removing one {plan.unit} of a site,\n"
         "over the whole study; PRV accountant, checked against PLD from below and RDP from above;\n"
-        f"a {plan.unit}'s gradient is clipped to {number(plan.clip)}."
+        f"a {plan.unit}'s gradient is clipped to {number(plan.clip)};\n"
+        f"noise comes from {plan.noise}."
     )
 
 

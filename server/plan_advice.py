@@ -84,6 +84,17 @@ def _privacy(study: Study, noise_to_batch: dict[str, float | None]) -> Iterator[
             f"privacy.clip = {number(privacy.clip)}: noise grows with it and drowns the gradient; "
             "write 1 or less",
         )
+    if privacy.engine in ("hooks", "ghost"):
+        yield (
+            "engine-refuses",
+            f'privacy.engine = "{privacy.engine}" is Opacus\'s and refuses the convolutions of this generator'
+            f'{" and more than one view" if privacy.engine == "ghost" else ""}; write "bookkeeping"',
+        )
+    elif privacy.engine != "bookkeeping":
+        yield (
+            "engine-slow",
+            f'privacy.engine = "{privacy.engine}" gives the same sum more slowly; write "bookkeeping"',
+        )
     if privacy.views == 1:
         yield (
             "one-view",

@@ -25,6 +25,7 @@ from polyclinic.common.generators.base import Tensors, Views, load_family, train
 from polyclinic.common.progress import say, track
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study
+from polyclinic.server.adversarial import sharpen
 
 HELD_OUT = 0.1  # share of the pretrain part's patients that PSNR is printed on
 
@@ -39,7 +40,9 @@ def pretrain_vae(study: Study, records: list[Record], folder: Path) -> float:
     """Train an AutoencoderKL and save it as a diffusers folder, fp16 safetensors.
 
     Loss: mean squared error + KL + L1 between image gradients (a weights-free stand-in for a
-    perceptual term).
+    perceptual term); then, where the study asks for it, the decoder alone against a patch discriminator.
+    Where every public image is grey the decoder's output is, too: tints that nobody sees are far from
+    any real image to a feature extractor.
 
     Args:
         study: Gives `generator.vae_training` and the preprocessing.
@@ -59,6 +62,7 @@ def pretrain_vae(study: Study, records: list[Record], folder: Path) -> float:
             f"the reference's pretrain part has {len(records)} images, too few; raise reference.pretrain"
         )
     pixels, held_pixels = load_pixels(train, study), load_pixels(held, study)
+    grey = bool((pixels == pixels[:, :1]).all())
     torch.manual_seed(settings.seed)
     levels = len(settings.widths)
     vae = AutoencoderKL(
@@ -71,6 +75,18 @@ def pretrain_vae(study: Study, records: list[Record], folder: Path) -> float:
         sample_size=study.data.image_size,
         mid_block_add_attention=False,
     )
+
+    def draw_batch() -> Tensor:
+        batch = pixels[torch.randint(len(pixels), (settings.batch_size,))]
+        return torch.where(torch.rand(len(batch), 1, 1, 1) < 0.5, batch.flip(3), batch)
+
+    def decode(latent: Tensor) -> Tensor:
+        output = vae.decode(latent).sample
+        return output.mean(1, keepdim=True).expand_as(output) if grey else output
+
+    def reconstruction(output: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(output, target) + settings.gradient_weight * _gradient_l1(output, target)
+
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
@@ -78,21 +94,23 @@ def pretrain_vae(study: Study, records: list[Record], folder: Path) -> float:
     say(f"VAE: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, {len(train)} public images")
     with track("pretrain vae", settings.steps) as advance:
         for _ in range(settings.steps):
-            batch = pixels[torch.randint(len(pixels), (settings.batch_size,))]
-            batch = torch.where(torch.rand(len(batch), 1, 1, 1) < 0.5, batch.flip(3), batch)
+            batch = draw_batch()
             posterior = vae.encode(batch).latent_dist
-            output = vae.decode(posterior.sample()).sample
-            loss = (
-                F.mse_loss(output, batch)
-                + settings.kl_weight * posterior.kl().mean()
-                + settings.gradient_weight * _gradient_l1(output, batch)
-            )
+            loss = reconstruction(decode(posterior.sample()), batch)
+            loss = loss + settings.kl_weight * posterior.kl().mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             advance(1)
+    if settings.adversarial_steps:
+        sharpen(vae, draw_batch, decode, reconstruction, settings)
+    if grey:
+        # The mean over output channels of a convolution is the convolution with the mean weights.
+        with torch.no_grad():
+            for part in (vae.decoder.conv_out.weight, vae.decoder.conv_out.bias):
+                part.copy_(part.mean(0, keepdim=True).expand_as(part))
     vae.eval().half().float()  # what is measured is what is saved
     with torch.no_grad():
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(64)])

@@ -6,10 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from polyclinic.common.device import pick_device
 from polyclinic.common.generators.base import BaseFiles, Family, load_family
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Resolved
-from polyclinic.common.training import pick_device
 from polyclinic.server.app import load_resolved
 from polyclinic.server.checkpoints import load_checkpoint, rounds_done
 from polyclinic.server.evaluation.judge import load_state

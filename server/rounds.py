@@ -6,8 +6,9 @@ single hospital's update; this loop does none of that.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from polyclinic.common.generators.base import Tensors
+from polyclinic.common.privacy.tap import SUM, tap_like
 from polyclinic.common.progress import say
 from polyclinic.common.refusals import REASONS, Refusal, reason_of
 from polyclinic.common.study import Resolved
 from polyclinic.common.wire import (
+    Reply,
     ReplyFacts,
     RoundOrder,
     order_records,
@@ -34,6 +37,7 @@ from polyclinic.server.checkpoints import (
     rounds_done,
     save_checkpoint,
 )
+from polyclinic.server.evaluation.audit import Claim, round_alarm, round_level
 
 POLL_S = 0.2
 
@@ -100,6 +104,11 @@ def run_round(
             pending[message_id] = site
     differences: dict[str, Tensors] = {}
     facts: dict[str, ReplyFacts] = {}
+    taps: dict[str, Tensors] = {}
+    privacy = resolved.study.privacy
+    wanted = tap_like(
+        privacy.canaries if privacy.enabled else 0, last=number == resolved.study.training.rounds
+    )
     refused: dict[str, str] = {}
     quorum = min(settings.quorum or len(pending), len(pending))
     end = start + settings.deadline_s
@@ -108,7 +117,7 @@ def run_round(
         for reply in replies:
             site = pending.pop(reply.metadata.reply_to_message_id)
             try:
-                differences[site], facts[site] = _open(reply, before.state)
+                differences[site], facts[site], taps[site] = _open(reply, before.state, wanted)
                 up += payload_bytes(reply.content)
             except Refusal as refusal:
                 refused[site] = f"{refusal.reason.code} {refusal.reason.name}"
@@ -132,6 +141,8 @@ def run_round(
         f"round {number}: {len(differences)} sites replied in {seconds:.1f} s"
         + (f", refused: {refused}" if refused else "")
     )
+    for alarm in _alarms(resolved, number, facts, taps):
+        say(f"AUDIT ALARM, round {number}, {alarm}")
     record = RoundRecord(
         round=number,
         state_hash=state_hash(state),
@@ -142,12 +153,46 @@ def run_round(
         bytes_up=up,
         seconds=seconds,
     )
-    return Checkpoint(record, state, average)
+    return Checkpoint(record, state, average, taps if wanted else {})
 
 
-def _open(reply: Message, state: Tensors) -> tuple[Tensors, ReplyFacts]:
+def claim_of(resolved: Resolved, facts: Mapping[str, float | int | str]) -> Claim:
+    """What a site's mechanism is held to: the study's own settings, and what only the site knows."""
+    privacy = resolved.study.privacy
+    return Claim(
+        sigma=float(facts["sigma"]),
+        clip=privacy.clip,
+        divisor=float(facts["divisor"]),
+        rate=privacy.sampling_rate,
+        steps=resolved.study.training.steps_per_round,
+        tau=float(facts["tau"]),
+        epsilon=float(facts["epsilon"]),
+        delta=privacy.delta,
+    )
+
+
+def _alarms(
+    resolved: Resolved, number: int, facts: dict[str, ReplyFacts], taps: dict[str, Tensors]
+) -> Iterator[str]:
+    """Test each site's noise while the run goes on; the report tests it again, and more at the end."""
+    level = round_level(resolved.study.training.rounds, max(1, len(taps)))
+    for site, tap in sorted(taps.items()):
+        alarm = round_alarm(tap[SUM], claim_of(resolved, asdict(facts[site])), level) if tap else None
+        if alarm:
+            yield f"{site}: {alarm}"
+
+
+def _open(reply: Message, state: Tensors, tap: Tensors) -> Reply:
     """Read a reply, or turn its error into a refusal with the site's own code."""
     if reply.has_error():
         reason = reason_of(reply.error.code) or REASONS["site-fault"]
         raise Refusal(reason.name)
-    return read_reply(reply.content, state)
+    opened = read_reply(reply.content, state, tap)
+    if tap and not _possible(opened.facts):
+        raise Refusal("bad-message", "the facts are not those of a private mechanism")
+    return opened
+
+
+def _possible(facts: ReplyFacts) -> bool:
+    """Tell whether a private mechanism can have these parameters, so that it can be audited."""
+    return 0 < facts.sigma < math.inf and 0 < facts.divisor < math.inf and facts.tau >= 0 <= facts.epsilon

@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.common.cost import read_costs
+from polyclinic.common.privacy.tap import COINS, SUM
 from polyclinic.common.study import Resolved
 from polyclinic.server.app import load_resolved
-from polyclinic.server.checkpoints import RoundRecord, load_checkpoint, load_record, rounds_done
+from polyclinic.server.checkpoints import (
+    RoundRecord,
+    load_checkpoint,
+    load_record,
+    load_taps,
+    rounds_done,
+)
+from polyclinic.server.evaluation.audit import SiteAudit, audit_site
 from polyclinic.server.evaluation.judge import read_judgement, sheet_path
 from polyclinic.server.report.metrics import (
     UNIT_OF,
@@ -25,6 +33,7 @@ from polyclinic.server.report.metrics import (
     Source,
     StudyFacts,
 )
+from polyclinic.server.rounds import claim_of
 
 NOT_COVERED = [
     "A patient who is in two hospitals: the epsilons add up.",
@@ -48,6 +57,7 @@ def guarantee(resolved: Resolved) -> list[str]:
         f"Mechanism: Poisson sampling of every {study.data.unit} with public rate q = "
         f"{privacy.sampling_rate:g}; each one's gradient over {privacy.views} views clipped to C; Gaussian "
         "noise of sigma x C; divided by a public constant.",
+        f"Noise comes from {privacy.noise_words}.",
         "Accountant: Opacus PRV (upper end), checked against dp-accounting's PLD and Opacus RDP.",
         "It rests on the site's own noise alone: not on the server, not on other sites, not on their number.",
     ]
@@ -85,6 +95,7 @@ def summarise(
         code_version=resolved.code_version,
         sites=_sites(resolved, records),
         rounds=[_round(run_dir, resolved, record) for record in records],
+        audit=audits(run_dir, resolved, records),
         cost=[*server_cost(run_dir, records), *extra_cost],
         forecast=list(forecast),
         prompts=[prompt.text for prompt in study.evaluation.prompts],
@@ -145,6 +156,27 @@ def server_cost(run_dir: Path, records: list[RoundRecord]) -> list[CostRow]:
             )  # type: ignore[arg-type]
         )
     return rows
+
+
+def audits(run_dir: Path, resolved: Resolved, records: list[RoundRecord]) -> list[SiteAudit]:
+    """Audit every site by what its tap sent over the rounds."""
+    taps = {record.round: load_taps(run_dir, record.round) for record in records}
+    heard = {number: len(sent) for number, sent in taps.items()}
+    found = []
+    for site in sorted({site for sent in taps.values() for site in sent}):
+        own = {number: sent[site] for number, sent in taps.items() if site in sent}
+        last = next(record for record in reversed(records) if site in record.replied)
+        found.append(
+            audit_site(
+                site,
+                {number: tap[SUM] for number, tap in own.items()},
+                own[max(own)].get(COINS),
+                claim_of(resolved, last.replied[site]),
+                rounds=resolved.study.training.rounds,
+                heard=heard,
+            )
+        )
+    return found
 
 
 def _sites(resolved: Resolved, records: list[RoundRecord]) -> list[SiteFacts]:

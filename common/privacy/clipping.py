@@ -1,117 +1,162 @@
 """Per-patient clipping: the bounded sum that noise is added to.
 
-Two engines give the same sum. `vmap` maps torch.func's gradient over patients, a fixed micro-batch
-at a time; `loop` takes one patient at a time and is the oracle. A patient's gradient is that of the
-mean loss over its K views; all trainable parameters share one norm.
+A patient's gradient is that of the mean loss over its K views; all trainable parameters share one norm.
+Every engine gives the same sum. `bookkeeping` takes one ordinary backward pass; `loop` takes one patient
+at a time and is the oracle; the others are there to compare with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from polyclinic.common.generators.base import Family, Tensors, Views, trainable
 
-# Worst relative error of a computed norm, tested for fp32 by tests/common/test_clipping.py; every
-# contribution is scaled by 1 / (1 + TAU), so that the sensitivity is at most C (PRIVACY.md, rule 3).
+# Worst relative excess of a released contribution over C, in fp32; every contribution is scaled by
+# 1 / (1 + tau), so that the sensitivity is at most C (PRIVACY.md, rule 3).
 TAU = 1e-4
+# The same where autocast lowers the model's own arithmetic. Both are tested in tests/common/test_engines.py.
+_LOWERED = {("bookkeeping", torch.bfloat16): 1e-2, ("loop", torch.bfloat16): 1e-2}
 
-Clipper = Callable[[Views], Tensors]
-
-
-class _PatientLoss(nn.Module):
-    """Mean loss of one patient's views as a module, so that its parameters can be swapped."""
-
-    def __init__(self, family: Family) -> None:
-        super().__init__()
-        self.module = family.module
-        self._losses = family.view_losses
-
-    def forward(self, views: Tensors) -> Tensor:
-        losses = self._losses(Views.of(views))
-        if losses.ndim != 1:
-            raise ValueError(f"view losses have shape {tuple(losses.shape)}, not [views]")
-        return losses.mean()
+Clipper = Callable[[Family, Views, float, int], Tensors]
 
 
-def clip_factors(squared_norms: Tensor, clip: float) -> Tensor:
+def tau(engine: str, dtype: torch.dtype = torch.float32) -> float:
+    """Return the tested bound on an engine's relative error.
+
+    Args:
+        engine: Key of `ENGINES`.
+        dtype: What the model computes in: fp32, or what autocast lowers it to.
+
+    Raises:
+        ValueError: Nobody has tested this engine in this type.
+    """
+    if dtype == torch.float32 and engine in ENGINES:
+        return TAU
+    if (engine, dtype) not in _LOWERED:
+        raise ValueError(f"no tested error bound for engine {engine} in {dtype}")
+    return _LOWERED[engine, dtype]
+
+
+def compute_dtype(family: Family) -> torch.dtype:
+    """Return what the generator computes in just now."""
+    device = next(family.module.parameters()).device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+
+
+def clip_factors(squared_norms: Tensor, clip: float, margin: float = TAU) -> Tensor:
     """Factor on each patient's gradient.
 
     Args:
         squared_norms: `[B]`, possibly not finite.
         clip: C.
+        margin: tau.
 
     Returns:
         `[B]`: min(1, C / norm) / (1 + tau), and exactly 0 where the norm is not finite (rule 2).
     """
     norms = squared_norms.sqrt()
-    factors = (clip / norms.clamp(min=1e-12)).clamp(max=1.0) / (1 + TAU)
+    factors = (clip / norms.clamp(min=1e-12)).clamp(max=1.0) / (1 + margin)
     return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
 
 
-def _accumulate(sums: Tensors, gradients: Tensors, clip: float) -> None:
-    """Add a micro-batch's clipped gradients `[B, ...]` to the running sums."""
-    squared = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
-    factors = clip_factors(squared, clip)
-    broken = factors == 0
-    for name, gradient in gradients.items():
-        flat = gradient.flatten(1)
-        if bool(broken.any()):
-            # Replaced before the product: 0 x inf is NaN.
-            flat = flat.masked_fill(broken[:, None], 0.0)
-        sums[name] += (factors @ flat).view_as(sums[name])
-
-
-def _zeros(family: Family) -> Tensors:
-    return {name: torch.zeros_like(p) for name, p in trainable(family.module).items()}
-
-
-def vmap_sum(family: Family, views: Views, clip: float, micro_batch: int) -> Tensors:
-    """Clipped sum over patients, several at once.
+def accumulate(
+    sums: Tensors, gradients: Tensors, clip: float, *, margin: float = TAU, squared: Tensor | None = None
+) -> Tensor:
+    """Add a micro-batch's clipped gradients to the running sums.
 
     Args:
-        family: The generator.
-        views: Tensors `[B, K, ...]`; B may be 0.
-        clip: C, bound on a patient's gradient norm.
-        micro_batch: Patients whose gradients are in memory at once.
+        sums: Running sums by name, changed in place; absent ones are zero.
+        gradients: Per-patient gradients `[B, ...]` by name.
+        clip: C.
+        margin: tau.
+        squared: `[B]`, squared norms of the part of each gradient that the caller adds by itself.
 
     Returns:
-        Parameter name to clipped sum, finite always.
+        `[B]`: the factors, exactly 0 for a patient who contributes nothing.
     """
-    loss = _PatientLoss(family)
-    parameters = {f"module.{name}": p.detach() for name, p in trainable(family.module).items()}
-    one = grad(lambda weights, patient: functional_call(loss, weights, (patient,)))
-    many = vmap(one, in_dims=(None, 0))
-    sums = _zeros(family)
-    for part in _micro_batches(views, micro_batch):
-        # The fused attention kernels have no batching rule; the plain formula has.
-        with sdpa_kernel(SDPBackend.MATH):
-            gradients = many(parameters, part)
-        _accumulate(sums, {name.removeprefix("module."): g for name, g in gradients.items()}, clip)
-    return sums
+    parts = [] if squared is None else [squared]
+    device = (*parts, *gradients.values())[0].device.type
+    with torch.autocast(device, enabled=False):  # it would lower the very product that is released
+        return _accumulate(sums, gradients, clip, margin, parts)
+
+
+def _accumulate(sums: Tensors, gradients: Tensors, clip: float, margin: float, parts: list[Tensor]) -> Tensor:
+    for gradient in gradients.values():
+        # In two stages, because the fast norm adds up one by one: a million squares would lose digits.
+        inner = torch.linalg.vector_norm(gradient.flatten(2), dim=-1) if gradient.ndim > 2 else gradient
+        parts.append(inner.flatten(1).square().sum(1))
+    factors = clip_factors(torch.stack(parts).sum(0), clip, margin)
+    broken = factors == 0
+    any_broken = bool(broken.any())
+    for name, gradient in gradients.items():
+        flat = gradient.flatten(1)
+        if any_broken:
+            # Replaced before the product: 0 x inf is NaN.
+            flat = flat.masked_fill(broken[:, None], 0.0)
+        add(sums, name, (factors @ flat).view(gradient.shape[1:]))
+    return factors
+
+
+def add(sums: Tensors, name: str, part: Tensor) -> None:
+    """Add to a sum; a sum that is not there yet is zero."""
+    sums[name] = sums[name].add_(part) if name in sums else part
+
+
+def zeros(family: Family) -> Tensors:
+    """Return the sum over nobody: zeros by parameter name."""
+    return {name: torch.zeros_like(p, requires_grad=False) for name, p in trainable(family.module).items()}
+
+
+def micro_batches(views: Views, size: int) -> Iterator[Tensors]:
+    """Cut views `[B, K, ...]` into flat dictionaries of at most `size` patients each."""
+    flat = views.tensors()
+    for start in range(0, len(views.uniform), size):
+        yield {name: tensor[start : start + size] for name, tensor in flat.items()}
+
+
+def patient_losses(family: Family, part: Tensors) -> Tensor:
+    """Mean loss over each patient's views, `[B]`, from flat views `[B, K, ...]`.
+
+    Raises:
+        ValueError: The family does not give one loss a view.
+    """
+    patients, views = part["uniform"].shape
+    losses = family.view_losses(Views.of({name: tensor.flatten(0, 1) for name, tensor in part.items()}))
+    if losses.shape != (patients * views,):
+        raise ValueError(f"view losses have shape {tuple(losses.shape)}, not [views]")
+    return losses.view(patients, views).mean(1)
 
 
 def loop_sum(family: Family, views: Views, clip: float, micro_batch: int = 1) -> Tensors:
     """Clipped sum over patients, one at a time by plain autograd: the oracle."""
-    loss = _PatientLoss(family)
     parameters = trainable(family.module)
-    sums = _zeros(family)
-    for part in _micro_batches(views, 1):
-        value = loss({name: tensor[0] for name, tensor in part.items()})
-        gradients = torch.autograd.grad(value, list(parameters.values()))
-        _accumulate(sums, dict(zip(parameters, (g[None] for g in gradients), strict=True)), clip)
+    sums = zeros(family)
+    margin = tau("loop", compute_dtype(family))
+    for part in micro_batches(views, 1):
+        gradients = torch.autograd.grad(patient_losses(family, part).sum(), list(parameters.values()))
+        found = dict(zip(parameters, (g[None] for g in gradients), strict=True))
+        accumulate(sums, found, clip, margin=margin)
     return sums
 
 
-ENGINES: dict[str, Callable[[Family, Views, float, int], Tensors]] = {"vmap": vmap_sum, "loop": loop_sum}
+def _of(module: str, function: str) -> Clipper:
+    """Import an engine when it is first used: bookkeeping builds on this module."""
+
+    def run(family: Family, views: Views, clip: float, micro_batch: int) -> Tensors:
+        found: Clipper = getattr(import_module(module), function)
+        return found(family, views, clip, micro_batch)
+
+    return run
 
 
-def _micro_batches(views: Views, size: int) -> Iterator[Tensors]:
-    flat = views.tensors()
-    count = len(views.uniform)
-    for start in range(0, count, size):
-        yield {name: tensor[start : start + size] for name, tensor in flat.items()}
+ENGINES: dict[str, Clipper] = {
+    "bookkeeping": _of("polyclinic.common.privacy.bookkeeping", "bookkeeping_sum"),
+    "loop": loop_sum,
+    "vmap": _of("polyclinic.common.other_engines", "vmap_sum"),
+    "hooks": _of("polyclinic.common.other_engines", "hooks_sum"),
+    "ghost": _of("polyclinic.common.other_engines", "ghost_sum"),
+}

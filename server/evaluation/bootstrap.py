@@ -48,9 +48,6 @@ def balanced_accuracy_draws(
 ) -> Tensor:
     """Draw balanced accuracies with random weights of groups, each class normalised on its own.
 
-    One pseudo-group a class, on average half right and half wrong (Jeffreys), as large as the mean
-    group: without it the interval has no width where all images, or the only prompt, are right.
-
     Args:
         predicted: Predicted label of each of the rows.
         given: True or wanted label of each of them.
@@ -61,17 +58,35 @@ def balanced_accuracy_draws(
         Balanced accuracies, [RESAMPLES], float64.
     """
     ids, count = bootstrap.ids[rows], bootstrap.weights.shape[1]
-    generator = torch.Generator().manual_seed(1)
-    recalls = []
+    classes = []
     for label in sorted(set(given)):
         of_class = torch.tensor([value == label for value in given])
         hit = torch.tensor([p == label for p in predicted]) & of_class
-        images = torch.bincount(ids[of_class], minlength=count).double()
-        hits = torch.bincount(ids[hit], minlength=count).double()
+        classes.append([torch.bincount(ids[part], minlength=count).double() for part in (of_class, hit)])
+    return draws_from_counts(classes, bootstrap.weights)
+
+
+def draws_from_counts(classes: Sequence[Sequence[Tensor]], weights: Tensor) -> Tensor:
+    """Draw balanced accuracies from what each group has of each class.
+
+    One pseudo-group a class, on average half right and half wrong (Jeffreys), as large as the mean
+    group: without it the interval has no width where all images, or the only prompt, are right. Its
+    draws are the same on every call, so that differences between two calls are paired.
+
+    Args:
+        classes: For each class, images and hits of each group, [groups] each.
+        weights: As in `Bootstrap`.
+
+    Returns:
+        Balanced accuracies, [RESAMPLES], float64.
+    """
+    generator = torch.Generator().manual_seed(1)
+    recalls = []
+    for images, hits in classes:
         size = images.sum() / (images > 0).sum()
         # Half a squared normal is Gamma(1/2): half of the pseudo-group's weight.
         right, wrong = (
             0.5 * torch.randn(2, RESAMPLES, generator=generator, dtype=torch.float64).square() * size
         )
-        recalls.append((bootstrap.weights @ hits + right) / (bootstrap.weights @ images + right + wrong))
+        recalls.append((weights @ hits + right) / (weights @ images + right + wrong))
     return torch.stack(recalls).mean(dim=0)

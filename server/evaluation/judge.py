@@ -18,12 +18,12 @@ from polyclinic.common.cost import Meter, append_cost
 from polyclinic.common.data.folder import open_image
 from polyclinic.common.data.preprocess import preprocess
 from polyclinic.common.data.table import Record
+from polyclinic.common.device import pick_device
 from polyclinic.common.features.efficientnet import extract, preprocessing
 from polyclinic.common.files import canonical_json, naming_full_disk, sha256_file, write_atomic
 from polyclinic.common.generators.base import BaseFiles, Family, Tensors, in_batches, load_family
 from polyclinic.common.progress import track
 from polyclinic.common.study import Resolved
-from polyclinic.common.training import pick_device
 from polyclinic.server.checkpoints import Checkpoint, load_checkpoint, rounds_done
 from polyclinic.server.evaluation.estimate import Fidelity, measure_fidelity
 from polyclinic.server.evaluation.probe import Faithfulness, measure_faithfulness

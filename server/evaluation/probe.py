@@ -13,51 +13,23 @@ from dataclasses import dataclass
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
-from torch.nn import functional as F
 
-from polyclinic.common.data.holdout import position
 from polyclinic.common.refusals import BadInput
-from polyclinic.server.evaluation.bootstrap import Bootstrap, balanced_accuracy_draws, draw_weights
+from polyclinic.server.evaluation.bootstrap import (
+    Bootstrap,
+    balanced_accuracy_draws,
+    draw_weights,
+    draws_from_counts,
+)
 from polyclinic.server.evaluation.estimate import Estimate
+from polyclinic.server.evaluation.linear_probe import Probe, train_probe
 
-L2_GRID = (10.0, 1.0, 0.1, 0.01)
-FOLDS = 3
-FOLD_KEY = "polyclinic-probe-folds"
 # Raise it whenever a number would change for the same images.
 PROTOCOL = "polyclinic-faithfulness-1"
 INTERVAL = "95 % Bayesian bootstrap over {unit}, class by class"
 OVERALL = "overall"
 
 Labels = dict[str, str]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A fitted linear probe.
-
-    Attributes:
-        classes: Label of each output, sorted.
-        mean: Feature means of the training images, [d], float64.
-        scale: Feature standard deviations, [d]; 1 where a feature never varies.
-        weight: Weights on standardised features, [d, classes].
-        bias: [classes].
-        l2: Strength of the L2 penalty that cross-validation chose.
-    """
-
-    classes: tuple[str, ...]
-    mean: Tensor
-    scale: Tensor
-    weight: Tensor
-    bias: Tensor
-    l2: float
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Scores of each class; features [n, d] to [n, classes], float64."""
-        return (features.double() - self.mean) / self.scale @ self.weight + self.bias
-
-    def predict(self, features: Tensor) -> list[str]:
-        """Most likely label of each row of features [n, d]."""
-        return [self.classes[i] for i in self.logits(features).argmax(dim=1).tolist()]
 
 
 class ConceptFaithfulness(BaseModel):
@@ -82,6 +54,18 @@ class ConceptFaithfulness(BaseModel):
     chance: float
 
 
+class Tally(BaseModel):
+    """What the probe saw in one prompt's images, for one concept that the prompt speaks of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    concept: str
+    prompt: str
+    wanted: str
+    images: int
+    hits: int
+
+
 class Faithfulness(BaseModel):
     """Faithfulness to the prompt, one row a concept.
 
@@ -90,6 +74,7 @@ class Faithfulness(BaseModel):
         overall: Mean over the rows; its interval resamples prompts for all concepts jointly.
         protocol: Version of this measurement.
         warnings: Sentences to print beside the numbers, among them concepts left out and why.
+        tallies: Counts by concept and prompt, from which rounds are compared pair by pair.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -98,6 +83,7 @@ class Faithfulness(BaseModel):
     overall: ConceptFaithfulness
     protocol: str
     warnings: list[str]
+    tallies: list[Tally] = []
 
 
 def measure_faithfulness(
@@ -148,6 +134,7 @@ def measure_faithfulness(
     patients = None if holdout_patients is None else draw_weights(holdout_patients, "held-out patients")
 
     rows, answers, ceilings, warnings = [], [], [], []
+    tallies: list[Tally] = []
     for concept in concepts:
         asked = [i for i, labels in enumerate(wanted) if concept in labels]
         known = [i for i, labels in enumerate(probe_labels) if concept in labels]
@@ -167,6 +154,7 @@ def measure_faithfulness(
             [probe_patients[i] for i in known],
         )
         answers.append(_ask(probe, synthetic_features, wanted, concept, asked, prompts))
+        tallies += _tally(probe.predict(synthetic_features[asked]), wanted, concept, asked, prompt_groups)
         seen = [i for i, labels in enumerate(holdout_labels) if labels.get(concept) in values]
         ceiling = None
         if {holdout_labels[i][concept] for i in seen} == set(values):
@@ -194,7 +182,66 @@ def measure_faithfulness(
         real=_estimate(ceilings, patients) if len(ceilings) == len(rows) else None,
         chance=sum(row.chance for row in rows) / len(rows),
     )
-    return Faithfulness(rows=rows, overall=overall, protocol=PROTOCOL, warnings=warnings)
+    return Faithfulness(rows=rows, overall=overall, protocol=PROTOCOL, warnings=warnings, tallies=tallies)
+
+
+def faithfulness_change(start: Faithfulness, final: Faithfulness) -> Estimate | None:
+    """Difference of two rounds' overall balanced accuracy, paired by prompt.
+
+    Rounds are drawn for the same prompts with the same seeds, so a prompt that is hard for one is hard
+    for the other, and the difference is known better than either accuracy.
+
+    Returns:
+        Final minus start, `groups` counting prompts; None where the two were not asked the same.
+    """
+    asked = [[(t.concept, t.prompt, t.wanted, t.images) for t in f.tallies] for f in (start, final)]
+    if not asked[0] or asked[0] != asked[1]:
+        return None
+    prompts = [tally.prompt for tally in final.tallies]
+    bootstrap = draw_weights(prompts, "prompts")
+    draws = [_overall_draws(f.tallies, bootstrap) for f in (start, final)]
+    low, high = (draws[1] - draws[0]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    value = final.overall.accuracy.value - start.overall.accuracy.value
+    return Estimate(
+        value=value,
+        low=min(low, value),
+        high=max(high, value),
+        interval=INTERVAL.format(unit="prompts, pair by pair"),
+        n=final.overall.accuracy.n,
+        groups=len(set(prompts)),
+        floor=None,
+        ratio=None,
+    )
+
+
+def _overall_draws(tallies: Sequence[Tally], bootstrap: Bootstrap) -> Tensor:
+    """Bootstrap draws of the mean over concepts, [RESAMPLES]."""
+    concepts = []
+    for concept in dict.fromkeys(tally.concept for tally in tallies):
+        classes = []
+        of_concept = [(i, t) for i, t in enumerate(tallies) if t.concept == concept]
+        for value in sorted({tally.wanted for _, tally in of_concept}):
+            counts = torch.zeros(2, bootstrap.weights.shape[1], dtype=torch.float64)
+            for i, tally in of_concept:
+                if tally.wanted == value:
+                    counts[:, bootstrap.ids[i]] += torch.tensor([tally.images, tally.hits])
+            classes.append([counts[0], counts[1]])
+        concepts.append(draws_from_counts(classes, bootstrap.weights))
+    return torch.stack(concepts).mean(dim=0)
+
+
+def _tally(
+    predicted: Sequence[str], wanted: Sequence[Labels], concept: str, asked: list[int], groups: Sequence[str]
+) -> list[Tally]:
+    found: dict[tuple[str, str], list[int]] = {}
+    for answer, row in zip(predicted, asked, strict=True):
+        counts = found.setdefault((groups[row], wanted[row][concept]), [0, 0])
+        counts[0] += 1
+        counts[1] += answer == wanted[row][concept]
+    return [
+        Tally(concept=concept, prompt=prompt, wanted=value, images=images, hits=hits)
+        for (prompt, value), (images, hits) in found.items()
+    ]
 
 
 def balanced_accuracy(predicted: Sequence[str], wanted: Sequence[str]) -> float:
@@ -214,94 +261,6 @@ def balanced_accuracy(predicted: Sequence[str], wanted: Sequence[str]) -> float:
         hits = [p == label for p, w in zip(predicted, wanted, strict=True) if w == label]
         recalls.append(sum(hits) / len(hits))
     return sum(recalls) / len(recalls)
-
-
-def train_probe(features: Tensor, labels: Sequence[str], patients: Sequence[str] | None = None) -> Probe:
-    """Fit a class-balanced logistic regression; the L2 strength comes from 3-fold cross-validation.
-
-    Folds are patient-disjoint and stratified by the patient's first label. The strength with the
-    lowest class-balanced log loss on the held-out folds wins.
-
-    Args:
-        features: Features of the training images, [n, d].
-        labels: Label of each image; two or more different ones.
-        patients: Patient of each image; each image its own patient where left out.
-
-    Raises:
-        ValueError: Lengths differ, or all labels are the same.
-    """
-    patients = [str(row) for row in range(len(labels))] if patients is None else patients
-    if not len(features) == len(labels) == len(patients):
-        raise ValueError(f"{len(features)} rows, {len(labels)} labels, {len(patients)} patients")
-    classes = tuple(sorted(set(labels)))
-    if len(classes) < 2:
-        raise ValueError(f"a probe needs two or more different labels, got {classes}")
-    x = features.double()
-    y = torch.tensor([classes.index(label) for label in labels], device=x.device)
-    folds = _folds(labels, patients).to(x.device)
-
-    losses = [0.0] * len(L2_GRID)
-    for fold in range(FOLDS):
-        held_out, kept = folds == fold, folds != fold
-        if len(y[kept].unique()) < len(classes) or not bool(held_out.any()):
-            continue  # A rare label sits in one fold only: nothing to learn it from.
-        for step, probe in enumerate(_path(x[kept], y[kept], classes, L2_GRID)):
-            losses[step] += float(_balanced_loss(probe.logits(x[held_out]), y[held_out], len(classes)))
-    # Ties (also: no usable fold) go to the strongest penalty, which stands first.
-    best = losses.index(min(losses))
-    return _path(x, y, classes, L2_GRID[: best + 1])[-1]
-
-
-def _folds(labels: Sequence[str], patients: Sequence[str]) -> Tensor:
-    """Deal patients into folds in hash order, label by label; fold of each row, [n]."""
-    first_label: dict[str, str] = {}
-    for patient, label in zip(patients, labels, strict=True):
-        first_label.setdefault(patient, label)
-    ordered = sorted(first_label, key=lambda p: (first_label[p], position(p, FOLD_KEY), p))
-    fold_of = {patient: rank % FOLDS for rank, patient in enumerate(ordered)}
-    return torch.tensor([fold_of[patient] for patient in patients])
-
-
-def _balanced_loss(logits: Tensor, y: Tensor, classes: int) -> Tensor:
-    """Cross-entropy in which every class that occurs weighs the same."""
-    counts = torch.bincount(y, minlength=classes).clamp_min(1).double()
-    return F.cross_entropy(logits, y, weight=1.0 / counts)
-
-
-def _path(x: Tensor, y: Tensor, classes: tuple[str, ...], strengths: Sequence[float]) -> list[Probe]:
-    """Fit one probe a penalty strength, each started from the one before (strongest first)."""
-    mean, scale = x.mean(dim=0), x.std(dim=0)
-    scale = torch.where(scale > 1e-12, scale, torch.ones_like(scale))
-    standard = (x - mean) / scale
-    parameters = torch.zeros(x.shape[1] + 1, len(classes), dtype=torch.float64, device=x.device)
-    probes = []
-    for l2 in strengths:
-        parameters = _fit(standard, y, len(classes), l2, parameters)
-        probes.append(Probe(classes, mean, scale, parameters[:-1], parameters[-1], l2))
-    return probes
-
-
-def _fit(standard: Tensor, y: Tensor, classes: int, l2: float, start: Tensor) -> Tensor:
-    """Minimise the balanced loss plus l2/2 |weights|^2; weights and bias as [d + 1, classes]."""
-    parameters = start.clone().requires_grad_(True)
-    optimizer = torch.optim.LBFGS(
-        [parameters],
-        max_iter=200,
-        history_size=10,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-10,
-        line_search_fn="strong_wolfe",
-    )
-
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        logits = standard @ parameters[:-1] + parameters[-1]
-        loss = _balanced_loss(logits, y, classes) + 0.5 * l2 * parameters[:-1].square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(objective)
-    return parameters.detach()
 
 
 @dataclass(frozen=True)

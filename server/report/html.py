@@ -102,6 +102,8 @@ def context(run_dir: Path, metrics: Metrics) -> dict[str, Any]:
             plots.Mark("chance", "--muted", "5 3"),
         ],
         "epsilon_chart": view.epsilon_chart(metrics),
+        "audit_sizes": [f"{size:,}" for size in sorted({a.coordinates for a in metrics.audit})],
+        "alarms": [(a.site, alarm) for a in metrics.audit for alarm in a.alarms],
         "events": view.events(metrics),
         "cost_lines": view.cost_lines(metrics),
         "totals": view.cost_totals(metrics),

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from polyclinic.server.evaluation.audit import SiteAudit
 from polyclinic.server.evaluation.estimate import Fidelity
 from polyclinic.server.evaluation.probe import Faithfulness
 
@@ -175,6 +176,7 @@ class Metrics(Part):
         code_version: Version of the installed package.
         sites: One entry for each site.
         rounds: One entry for each round, from 0 on, in order.
+        audit: What the audit tap shows, one entry for each site that sent one.
         cost: What was spent.
         forecast: What `plan` had forecast.
         prompts: Evaluation prompts, in the order of the rows of every sample sheet.
@@ -193,6 +195,7 @@ class Metrics(Part):
     code_version: str
     sites: list[SiteFacts]
     rounds: list[RoundFacts]
+    audit: list[SiteAudit] = []
     cost: list[CostRow] = []
     forecast: list[CostRow] = []
     prompts: list[str] = []

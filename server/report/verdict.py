@@ -1,8 +1,9 @@
 """The verdict: what the numbers say, in plain words, and honest when they say no.
 
-Two values count as different only where their 95 % intervals do not overlap. That is stricter than
-a test of the difference, so a verdict of "clearly" can be relied on; where intervals overlap or are
-missing the sentence says so instead of taking a side.
+Two values count as different only where their 95 % intervals do not overlap, which is stricter than
+a test of the difference; or, where rounds are compared prompt by prompt, where the interval of the
+difference leaves out zero. Where intervals overlap or are missing the sentence says so instead of
+taking a side.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from typing import Literal
 
 from polyclinic.server.evaluation.estimate import Estimate
-from polyclinic.server.evaluation.probe import Faithfulness
+from polyclinic.server.evaluation.probe import Faithfulness, faithfulness_change
 from polyclinic.server.report import wording
 from polyclinic.server.report.metrics import (
     Metrics,
@@ -133,13 +134,21 @@ def faithfulness_sentences(start: Faithfulness | None, final: Faithfulness | Non
         text += f", real images {percent(final.overall.real.value)}"
     said = [text + "."]
     if start is not None:
-        change = {
+        change = faithfulness_change(start, final)
+        side = order(accuracy, start.overall.accuracy) if change is None else against(change, 0.0)
+        words = {
             "above": "Faithfulness is clearly better than",
             "below": "Faithfulness got worse: it is clearly below",
             "overlapping": "Faithfulness is not clearly different from",
             "unknown": "Faithfulness cannot be compared, for want of intervals, with",
-        }[order(accuracy, start.overall.accuracy)]
-        said.append(f"{change} the start's {written_share(start.overall.accuracy)}.")
+        }[side]
+        text = f"{words} the start's {written_share(start.overall.accuracy)}"
+        if change is not None and change.low is not None and change.high is not None:
+            text += (
+                f"; paired by prompt, it changed by {100 * change.value:+.1f} points "
+                f"(95 % interval {100 * change.low:+.1f} to {100 * change.high:+.1f})"
+            )
+        said.append(text + ".")
     weak = [row.concept for row in final.rows if against(row.accuracy, row.chance) != "above"]
     if weak and len(final.rows) > 1:
         said.append(f"Not shown to be above chance: {listed(weak)}.")
@@ -171,6 +180,12 @@ def privacy_sentences(metrics: Metrics) -> list[str]:
     if over:
         said.append(
             f"Above the site's own cap: {listed(over)}. This must not happen; read the site's ledger."
+        )
+    alarmed = [a.site for a in metrics.audit if a.alarms]
+    if alarmed:
+        said.append(
+            f"AUDIT ALARM at {listed(alarmed)}: the noise, scale or clip threshold is not what was claimed; "
+            "do not rely on the epsilon before that is explained."
         )
     if epsilon > 10:
         said.append("An epsilon above 10 is a weak guarantee.")

@@ -1,67 +1,15 @@
 """PRIVACY.md, rules 8 to 11: spend before touching, never twice for one release, never under-report."""
 
 import hashlib
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from polyclinic.client.ledger import Ledger, create_ledger, line_hash, open_ledger, read_lines
-from polyclinic.common.files import canonical_json
+from polyclinic.client.ledger import open_ledger, read_lines
 from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.refusals import Refusal
-
-SIGMA, RATE, STEPS = 1.0, 0.1, 10
-STATE = "5" * 64
-
-
-def new(
-    folder: Path, approvals: tuple[str, ...] = ("a",), *, epsilon: float = 5.0, total: int = 1000
-) -> Path:
-    folder.mkdir(exist_ok=True)
-    create_ledger(folder, "site", simulated=True)
-    with open_ledger(folder) as ledger:
-        for approval in approvals:
-            earmark(ledger, approval, epsilon, total)
-    return folder
-
-
-def earmark(ledger: Ledger, approval: str, epsilon: float, total: int = 1000, cap: float = 10.0) -> None:
-    ledger.earmark(
-        approval=approval,
-        study="s",
-        sigma=SIGMA,
-        rate=RATE,
-        steps=total,
-        delta=1e-5,
-        epsilon=epsilon,
-        cap=cap,
-    )
-
-
-def reserve(ledger: Ledger, number: int, **changes: Any) -> Any:
-    values = {"approval": "a", "round_number": number, "state": STATE, "sigma": SIGMA, "rate": RATE}
-    return ledger.reserve(**{**values, "steps": STEPS, "tau": 1e-4, **changes})
-
-
-def kinds(folder: Path) -> list[str]:
-    return [line["kind"] for line in read_lines(folder)]
-
-
-def answer(folder: Path, number: int, state: str = STATE) -> bytes:
-    """A round as `client/training.py` does it, with random bytes for a reply."""
-    with open_ledger(folder) as ledger:
-        stored = ledger.stored_reply("a", number, state)
-        if stored is not None:
-            reply = stored.read_bytes()
-            ledger.note_settled("a", number, reply)
-            return reply
-        reserve(ledger, number, state=state)
-        ledger.settle("a", number, os.urandom(3000))
-        return ledger.reply_path("a", number).read_bytes()
+from tests.client.ledger_home import RATE, SIGMA, STATE, STEPS, answer, earmark, kinds, new, reserve
 
 
 def test_order_is_reserve_then_store_then_settle(tmp_path: Path) -> None:
@@ -161,11 +109,80 @@ def test_cap_counts_open_studies_whole_and_closed_ones_as_spent(tmp_path: Path) 
         reserve(ledger, 1)
         ledger.close("a")
         spent = claim(((SIGMA, RATE, STEPS),), 1e-5)
-        assert ledger.committed() == spent
+        assert ledger.committed() == (spent, 1e-5)
         with pytest.raises(Refusal, match="budget-exhausted"):
             earmark(ledger, "b", 10.001 - spent)
         earmark(ledger, "b", 9.999 - spent)
     assert kinds(home) == ["open", "earmark", "reserve", "close", "earmark"]
+
+
+def test_deltas_add_up_under_their_own_cap(tmp_path: Path) -> None:
+    home = new(tmp_path, ("a", "b"), epsilon=1.0)
+    with open_ledger(home) as ledger:
+        assert ledger.committed() == (2.0, 2e-5)
+        with pytest.raises(
+            Refusal, match=r"1003 budget.*committed 2\.00, 2e-05; asked 1\.00, 1e-05; caps 10\.00, 2\.9e-05"
+        ):
+            earmark(ledger, "c", 1.0, delta_cap=2.9e-5)
+        earmark(ledger, "c", 1.0, delta_cap=3e-5)  # the sum is 3.0000000000000004e-05
+        ledger.close("c")
+        assert ledger.committed() == (2.0, 2e-5)  # nothing was reserved, so nothing was released
+        reserve(ledger, 1)
+        ledger.close("a")
+        # A released study keeps its whole delta, however few of its rounds ran.
+        assert ledger.committed() == (1.0 + claim(((SIGMA, RATE, STEPS),), 1e-5), 2e-5)
+    assert kinds(home).count("earmark") == 3
+
+
+def test_a_reservation_serves_only_what_it_was_made_for(tmp_path: Path) -> None:
+    home = new(tmp_path)
+    with open_ledger(home) as ledger:
+        reserve(ledger, 1)
+        for change in ({"state": "6" * 64}, {"sigma": 2.0}, {"rate": 0.05}, {"steps": 9}, {"tau": 0.0}):
+            with pytest.raises(Refusal, match="round-already-answered"):
+                reserve(ledger, 1, **change)
+        assert reserve(ledger, 1).reused
+        ledger.settle("a", 1, b"reply")
+        with pytest.raises(Refusal, match="round-already-answered"):
+            reserve(ledger, 1)
+        reserve(ledger, 2)
+        ledger.close("a")
+        with pytest.raises(Refusal, match=r"budget-exhausted.*closed"):
+            reserve(ledger, 2)  # though a killed attempt had reserved it
+    assert kinds(home).count("reserve") == 2
+
+
+@pytest.mark.parametrize("damage", ["changed", "shortened", "gone", "folder gone"])
+def test_a_settled_reply_that_is_not_the_one_is_never_sent_nor_made_again(
+    tmp_path: Path, damage: str
+) -> None:
+    home = new(tmp_path)
+    whole = answer(home, 1)
+    path = home / "replies" / "a-0001.safetensors"
+    if damage == "changed":
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    elif damage == "shortened":
+        path.write_bytes(whole[:-1])
+    else:
+        path.unlink()
+    if damage == "folder gone":
+        path.parent.rmdir()
+    before = (home / "ledger.jsonl").read_bytes()
+    with pytest.raises(Refusal, match=r"1019 reply-broken.*a-0001\.safetensors"):
+        answer(home, 1)
+    assert (home / "ledger.jsonl").read_bytes() == before
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(whole)  # restored from a backup
+    assert answer(home, 1) == whole
+
+
+def test_a_reply_that_was_never_reserved_is_named(tmp_path: Path) -> None:
+    home = new(tmp_path)
+    with open_ledger(home) as ledger:
+        (home / "replies").mkdir()
+        ledger.reply_path("a", 1).write_bytes(b"reply")
+        with pytest.raises(Refusal, match=r"ledger-broken.*a-0001\.safetensors"):
+            ledger.stored_reply("a", 1, STATE)
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -179,110 +196,4 @@ def test_no_private_study_after_one_that_was_not(tmp_path: Path, closed: bool) -
             ledger.close("a")
         with pytest.raises(Refusal, match="budget-exhausted"):
             earmark(ledger, "b", 0.1, cap=1e9)
-        earmark(ledger, "c", float("inf"))
-
-
-def test_missing_ledger_is_refused_never_started_afresh(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="ledger-missing"), open_ledger(tmp_path):
-        pass
-    home = new(tmp_path / "home")
-    (home / "ledger.jsonl").unlink()
-    for act in (lambda: create_ledger(home, "site", simulated=True), lambda: answer(home, 1)):
-        with pytest.raises(Refusal, match="ledger-missing"):
-            act()
-    (home / "ledger.head").unlink()
-    (home / "approvals").mkdir()
-    with pytest.raises(Refusal, match="ledger-missing"):
-        create_ledger(home, "site", simulated=True)
-
-
-def test_creating_twice_changes_nothing(tmp_path: Path) -> None:
-    home = new(tmp_path)
-    before = (home / "ledger.jsonl").read_bytes()
-    create_ledger(home, "site", simulated=True)
-    assert (home / "ledger.jsonl").read_bytes() == before
-
-
-def edit(number: int, **values: Any) -> Callable[[list[bytes]], list[bytes]]:
-    def change(lines: list[bytes]) -> list[bytes]:
-        lines[number] = canonical_json({**json.loads(lines[number]), **values})
-        return lines
-
-    return change
-
-
-def rehash(lines: list[bytes]) -> list[bytes]:
-    line = {**json.loads(lines[2]), "steps": 1}
-    lines[2] = canonical_json({**line, "hash": line_hash(line)})
-    return lines
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (edit(2, steps=1), "line 3"),
-        (edit(1, epsilon=0.1), "line 2"),
-        (edit(3, time="2020"), "line 4"),
-        (edit(2, steps=float("1e300")), "line 3"),
-        (rehash, "line 4"),
-        (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], "line 2"),
-        (lambda lines: [*lines[:2], *lines[3:]], "line 3"),
-        (lambda lines: lines[1:], "line 1"),
-        (lambda lines: lines[:-1], "5 lines are anchored, 4 are there"),
-        (lambda lines: lines[:1], "5 lines are anchored, 1 are there"),
-        (lambda lines: [*lines[:3], b"", *lines[3:]], "line 4"),
-        (lambda lines: [*lines[:3], b"[1]", *lines[3:]], "line 4"),
-        (lambda lines: [*lines[:3], lines[3].replace(b'"round":1', b'"round":NaN'), lines[4]], "line 4"),
-        (lambda lines: [*lines[:3], b"\xff\xfe", *lines[3:]], "line 4"),
-    ],
-)
-def test_edited_reordered_and_shortened_ledgers_are_named(tmp_path: Path, change: Any, named: str) -> None:
-    home = new(tmp_path)
-    answer(home, 1)
-    with open_ledger(home) as ledger:
-        reserve(ledger, 2)
-    path = home / "ledger.jsonl"
-    lines = path.read_bytes().splitlines()
-    assert len(lines) == 5
-    path.write_bytes(b"".join(line + b"\n" for line in change(lines)))
-    damaged = path.read_bytes()
-    with pytest.raises(Refusal, match=rf"ledger-broken.*{named}"), open_ledger(home):
-        pass
-    assert path.read_bytes() == damaged
-
-
-@pytest.mark.parametrize(
-    "head", ["", "{}", "[]", '{"sequence": -1, "hash": "x"}', '{"sequence": 99, "hash": "x"}']
-)
-def test_damaged_head_is_a_refusal(tmp_path: Path, head: str) -> None:
-    home = new(tmp_path)
-    (home / "ledger.head").write_text(head)
-    with pytest.raises(Refusal, match="ledger-broken"), open_ledger(home):
-        pass
-
-
-@pytest.mark.parametrize("kept", [1, 60, -1])
-def test_torn_last_line_is_set_aside_and_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: int
-) -> None:
-    home = new(tmp_path)
-    path = home / "ledger.jsonl"
-    whole, head = path.read_bytes(), (home / "ledger.head").read_bytes()
-    with open_ledger(home) as ledger:
-        reserve(ledger, 1)
-    torn = path.read_bytes()[len(whole) :][:kept]
-    # A crash while the line was written: its head was not.
-    path.write_bytes(whole + torn)
-    (home / "ledger.head").write_bytes(head)
-    answer(home, 1)
-    assert (home / "ledger.torn").read_bytes() == torn
-    assert "ledger.torn" in capsys.readouterr().err
-    assert kinds(home) == ["open", "earmark", "reserve", "settle"]
-
-
-def test_a_torn_line_that_was_anchored_is_no_crash(tmp_path: Path) -> None:
-    home = new(tmp_path)
-    path = home / "ledger.jsonl"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(Refusal, match="ledger-broken"), open_ledger(home):
-        pass
+        earmark(ledger, "c", float("inf"), delta_cap=0.0)

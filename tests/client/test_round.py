@@ -1,5 +1,6 @@
 """A round at a site, end to end on drawn images: PRIVACY.md, rules 9, 12 and 14, over the wire."""
 
+import json
 import shutil
 import time
 from dataclasses import asdict
@@ -15,10 +16,11 @@ from polyclinic.client import training
 from polyclinic.client.app import SIMULATED_SITES, app
 from polyclinic.client.ledger import open_ledger, read_lines
 from polyclinic.client.training import answer_round
-from polyclinic.common.files import sha256_file
+from polyclinic.common.files import canonical_json, sha256_file
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.privacy.clipping import TAU
+from polyclinic.common.privacy.tap import tap_like
 from polyclinic.common.refusals import REASONS, Refusal
 from polyclinic.common.wire import RoundOrder, check_like, order_records, read_reply, unpack_reply
 
@@ -34,6 +36,13 @@ def _identity() -> None:
 
 def kinds(home: Path) -> list[str]:
     return [line["kind"] for line in read_lines(home)]
+
+
+def cut_to_reservation(home: Path) -> None:
+    """Leave the ledger as a process killed after it reserved the first round leaves it."""
+    lines = read_lines(home)[:3]
+    (home / "ledger.jsonl").write_bytes(b"".join(canonical_json(line) + b"\n" for line in lines))
+    (home / "ledger.head").write_text(json.dumps({"sequence": 2, "hash": lines[2]["hash"]}))
 
 
 def ask(site: Any, number: int = 1, state: Tensors | None = None, *, late: bool = False) -> bytes:
@@ -61,7 +70,7 @@ def test_private_round_is_charged_stored_and_repeated_byte_for_byte(
     site = make_site()
     approval = site.approve()
     reply = ask(site)
-    difference, facts = unpack_reply(reply)
+    difference, facts, _ = unpack_reply(reply)
     check_like(difference, site.state)
     assert all(bool(tensor.any()) for tensor in difference.values())
     assert kinds(site.home) == ["open", "earmark", "reserve", "settle"]
@@ -86,17 +95,14 @@ def test_private_round_is_charged_stored_and_repeated_byte_for_byte(
     assert kinds(site.home) == ["open", "earmark", "reserve", "settle"]
 
     # A reply that was stored before its settle line was written is sent, and settled now.
-    path = site.home / "ledger.jsonl"
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
-    (site.home / "ledger.head").unlink()
+    cut_to_reservation(site.home)
     assert ask(site) == reply
     assert kinds(site.home) == ["open", "earmark", "reserve", "settle"]
 
     # A killed attempt left a reservation and nothing else: used again, with fresh randomness.
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
-    (site.home / "ledger.head").unlink()
+    cut_to_reservation(site.home)
     shutil.rmtree(site.home / "replies")
-    again, facts_again = unpack_reply(ask(site))
+    again, facts_again, _ = unpack_reply(ask(site))
     assert kinds(site.home) == ["open", "earmark", "reserve", "settle"]
     assert facts_again == facts
     assert not any(torch.equal(again[name], difference[name]) for name in difference)
@@ -131,6 +137,27 @@ def test_what_is_refused_before_training_spends_nothing(
     assert kinds(site.home) == ["open", "earmark"]
 
 
+def test_the_budgets_end_and_a_broken_reply_have_their_codes_over_the_wire(make_site: Any) -> None:
+    site = make_site()
+    approval = site.approve()
+
+    def code_of(number: int) -> int:
+        reply = over_wire(site.home, order_records(site.order(number), site.state))
+        assert str(site.home) not in reply.error.reason
+        return int(reply.error.code)
+
+    reply = ask(site)
+    path = next((site.home / "replies").iterdir())
+    path.write_bytes(reply[:-1])
+    assert code_of(1) == REASONS["reply-broken"].code == 1019
+    path.write_bytes(reply)
+    with open_ledger(site.home) as ledger:
+        ledger.close(approval.id)
+    assert code_of(2) == REASONS["budget-exhausted"].code == 1003
+    assert ask(site) == reply  # what was released stays released
+    assert kinds(site.home) == ["open", "earmark", "reserve", "settle", "close"]
+
+
 @pytest.mark.parametrize("where", ["_train", "_facts", "pack_reply"])
 def test_a_seen_failure_is_spent_and_its_text_stays_at_the_site(
     make_site: Any, monkeypatch: pytest.MonkeyPatch, where: str
@@ -139,7 +166,7 @@ def test_a_seen_failure_is_spent_and_its_text_stays_at_the_site(
     site.approve()
     with monkeypatch.context() as patch:
         if where != "_train":
-            patch.setattr(training, "_train", lambda *_: site.state)
+            patch.setattr(training, "_train", lambda *_: (site.state, {}))
         patch.setattr(training, where, fault)
         reply = over_wire(site.home, order_records(site.order(), site.state))
     assert reply.error.code == REASONS["site-fault"].code
@@ -169,7 +196,7 @@ def test_reply_over_the_wire_is_the_closed_schema(make_site: Any, monkeypatch: p
     site.approve()
     reply = over_wire(site.home, order_records(site.order(), site.state))
     assert not reply.has_error()
-    difference, facts = read_reply(reply.content, site.state)
+    difference, facts, _ = read_reply(reply.content, site.state, tap_like(2000, last=False))
     stored = unpack_reply(next((site.home / "replies").iterdir()).read_bytes())
     assert facts == stored[1]
     assert all(torch.equal(difference[name], stored[0][name]) for name in difference)
@@ -234,9 +261,7 @@ def test_plain_round_says_infinity_and_test_randomness_repeats(make_site: Any) -
     facts = unpack_reply(reply)[1]
     assert facts.epsilon == float("inf")
     assert (facts.sigma, facts.tau, facts.clip) == (0.0, 0.0, float("inf"))
-    lines = (site.home / "ledger.jsonl").read_bytes().splitlines(keepends=True)
-    (site.home / "ledger.jsonl").write_bytes(b"".join(lines[:3]))
-    (site.home / "ledger.head").unlink()
+    cut_to_reservation(site.home)
     shutil.rmtree(site.home / "replies")
     assert ask(site) == reply
 

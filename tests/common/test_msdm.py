@@ -218,6 +218,21 @@ def test_loss_and_min_snr_weights(prediction: str, loss: str, gamma: float | Non
     torch.testing.assert_close(losses.double(), (3 if loss == "l1" else 9) * weight, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_shifted_timesteps_have_the_distribution_of_their_formula(shift: float, tiny_vae: Path) -> None:
+    """t' < x if and only if t < x / (s - (s - 1) x); and the latents are noised as the network is told."""
+    family, views = _tiny(tiny_vae, timestep_shift=shift), _views(250)
+    with _predicting(family, views.normal[:, 1]) as seen, torch.no_grad():
+        family.view_losses(views)
+    ((noisy, steps),) = seen
+    for x in (0.1, 0.25, 0.5, 0.75, 0.9):
+        share = float((steps < x * TRAIN_STEPS).double().mean())
+        assert share == pytest.approx(x / (shift - (shift - 1) * x), abs=0.006)
+    assert 0 <= int(steps.min()) < int(steps.max()) < TRAIN_STEPS
+    expected = family.scheduler().add_noise(*_latent_and_noise(views), steps)
+    torch.testing.assert_close(noisy, expected, atol=1e-6, rtol=1e-5)
+
+
 def test_a_views_loss_does_not_depend_on_its_company(tiny_vae: Path) -> None:
     family, views = _tiny(tiny_vae), _views(5)
     together = family.view_losses(views)

@@ -2,6 +2,8 @@
 
 import hashlib
 import hmac
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from polyclinic.common.privacy.random import KeyedRandom
+from polyclinic.common.privacy.random import DeviceNoise, KeyedRandom, StepNoise
 
 KEY = bytes(range(32))
 
@@ -86,7 +88,7 @@ def test_below_is_even_and_stays_below(limit: int) -> None:
 
 
 def test_protective_noise_has_its_shape_deviation_and_distribution() -> None:
-    # More than a block of 2^20, so that the seam between blocks is crossed.
+    # Many blocks of 2^14 and a part of one, so that the seams between blocks are crossed.
     noise = KeyedRandom(KEY).stream("noise").protective_normal(torch.Size((1100, 1000)), 0.7)
     assert noise.shape == (1100, 1000)
     assert abs(float(noise.std()) / 0.7 - 1) < 0.003
@@ -116,3 +118,48 @@ def test_the_test_key_depends_on_site_and_round() -> None:
         for number in (1, 2)
     }
     assert len(draws) == 8
+
+
+SHAPES = {"a": torch.Size((3, 50_000)), "b": torch.Size(()), "c": torch.Size((7,))}
+
+
+def test_step_noise_is_the_streams_own_and_is_handed_out_once() -> None:
+    random = KeyedRandom(KEY)
+    noise = StepNoise(random, 5, SHAPES)
+    for name, shape in reversed(SHAPES.items()):  # in whatever order it is asked for
+        got = noise(name, shape, 0.7)
+        assert got.dtype == torch.float64
+        assert torch.equal(got, random.stream("noise", 5, name).protective_normal(shape, 0.7))
+    with pytest.raises(KeyError):
+        noise("a", SHAPES["a"], 0.7)
+
+
+def test_step_noise_is_made_while_the_caller_does_something_else() -> None:
+    before = threading.active_count()
+    start = time.monotonic()
+    noise = StepNoise(KeyedRandom(KEY), 0, {"w": torch.Size((4_000_000,))})
+    started = time.monotonic() - start
+    assert threading.active_count() == before + 1
+    noise("w", torch.Size((4_000_000,)), 1.0)
+    assert started < 0.2 * (time.monotonic() - start)
+    while threading.active_count() > before:  # its thread ends by itself
+        assert time.monotonic() - start < 60
+        time.sleep(0.01)
+
+
+def test_what_fails_in_the_noise_thread_surfaces_in_the_step() -> None:
+    noise = StepNoise(KeyedRandom(KEY), 0, {"w": torch.Size((1 << 60,)), "v": torch.Size((3,))})
+    with pytest.raises(RuntimeError, match=r"memory|storage|overflow|allocate"):
+        noise("w", torch.Size((1 << 60,)), 1.0)
+    assert noise("v", torch.Size((3,)), 1.0).shape == (3,)
+
+
+def test_device_noise_is_keyed_anew_every_step() -> None:
+    shape = torch.Size((200, 1000))
+    draws = [DeviceNoise("cpu")("w", shape, 0.7) for _ in range(2)]
+    assert draws[0].dtype == torch.float64
+    assert abs(float(torch.corrcoef(torch.stack([d.flatten() for d in draws]))[0, 1])) < 0.02
+    assert abs(float(draws[0].std()) / 0.7 - 1) < 0.01
+    assert stats.kstest(draws[0].flatten().numpy()[::5] / 0.7, "norm").pvalue > 1e-4
+    one = DeviceNoise("cpu")
+    assert not torch.equal(one("w", shape, 1.0), one("v", shape, 1.0))

@@ -9,12 +9,13 @@ import torch
 
 from polyclinic.common.generators.base import Family, Tensors, Views, trainable_state
 from polyclinic.common.generators.msdm import Msdm
+from polyclinic.common.other_engines import vmap_sum
 from polyclinic.common.privacy import selftest
-from polyclinic.common.privacy.clipping import ENGINES, vmap_sum
+from polyclinic.common.privacy.clipping import ENGINES
 from polyclinic.common.refusals import Refusal
 
 
-@pytest.mark.parametrize("engine", ["vmap", "loop"])
+@pytest.mark.parametrize("engine", ["bookkeeping", "vmap", "loop"])
 def test_a_sound_engine_passes_and_the_weights_are_put_back(family: Msdm, engine: str) -> None:
     before = trainable_state(family.module)
     selftest.self_test(family, engine)
@@ -38,12 +39,28 @@ def deaf_to_one_tensor(family: Family, views: Views, clip: float, micro_batch: i
     return sums
 
 
+def shuffled(family: Family, views: Views, clip: float, micro_batch: int) -> Tensors:
+    """The right norms and the wrong gradient: no harm to privacy, and nothing is learnt."""
+    sums = vmap_sum(family, views, clip, micro_batch)
+    sums["conv_in.weight"] = sums["conv_in.weight"].flip(0)
+    return sums
+
+
+def a_little_wrong(family: Family, views: Views, clip: float, micro_batch: int) -> Tensors:
+    """What a parameter that is also used outside its module would look like: a part is missing."""
+    sums = vmap_sum(family, views, clip, micro_batch)
+    sums["conv_norm_out.bias"] *= 0.9
+    return sums
+
+
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
         (unclipped, "moved the sum"),
         (clipped_by_view, "moved the sum"),
         (deaf_to_one_tensor, "conv_in.weight"),
+        (shuffled, "conv_in.weight is not"),
+        (a_little_wrong, "conv_norm_out.bias is not"),
     ],
 )
 def test_a_broken_engine_is_refused(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.common.data.cache import Cached
+from polyclinic.common.device import pick_device
 from polyclinic.common.generators.base import Tensors, Views, trainable, trainable_state
 from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.privacy.clipping import loop_sum
@@ -15,7 +16,7 @@ from polyclinic.common.privacy.random import KeyedRandom
 from polyclinic.common.privacy.views import draw_views, poisson_sample
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study
-from polyclinic.common.training import PatientDPOptimizer, PlainEngine, PrivateEngine, pick_device, train
+from polyclinic.common.training import PatientDPOptimizer, PlainEngine, PrivateEngine, train
 
 RANDOM = KeyedRandom(b"t" * 32)
 

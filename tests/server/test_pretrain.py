@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from polyclinic.common.data.table import Record
 from polyclinic.common.generators.base import load_family, trainable
 from polyclinic.common.generators.public import hash_source
 from polyclinic.common.refusals import BadInput
+from polyclinic.common.settings import VaeTraining
 from polyclinic.common.study import Study, parse_study
+from polyclinic.server.adversarial import sharpen
 from polyclinic.server.base import prepare_base
 from polyclinic.server.pretrain import _texts, pretrain_generator, pretrain_vae
 from polyclinic.server.reference import Reference, split_reference
@@ -63,6 +67,67 @@ def test_reconstruction_gets_better_with_steps(drawn: list[Record], tmp_path: Pa
     short = study(vae_training={"widths": [16, 16, 16, 16], "steps": 2, "batch_size": 4})
     long = study(vae_training={"widths": [16, 16, 16, 16], "steps": 80, "batch_size": 4})
     assert pretrain_vae(long, drawn, tmp_path / "long") > pretrain_vae(short, drawn, tmp_path / "short") + 3
+
+
+SMALL_VAE = {"widths": [16, 16, 16, 16], "batch_size": 4}
+
+
+def test_sharpening_moves_the_decoder_and_leaves_the_encoder(drawn: list[Record], tmp_path: Path) -> None:
+    plain = study(vae_training={**SMALL_VAE, "steps": 2})
+    sharp = study(vae_training={**SMALL_VAE, "steps": 2, "adversarial_steps": 3})
+    pretrain_vae(plain, drawn, tmp_path / "plain")
+    pretrain_vae(sharp, drawn, tmp_path / "sharp")
+    one, other = (load_file(tmp_path / n / "diffusion_pytorch_model.safetensors") for n in ("plain", "sharp"))
+    moved = {name.split(".")[0] for name in one if not torch.equal(one[name], other[name])}
+    assert moved == {"decoder", "post_quant_conv"}
+
+
+@pytest.mark.parametrize(("weight", "low", "high"), [(0.0, 0.0, 0.05), (0.5, 0.4, 1.2)])
+def test_the_discriminator_brings_back_texture_that_squared_error_averages_away(
+    weight: float, low: float, high: float
+) -> None:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16,) * 3,
+        latent_channels=1,
+        norm_num_groups=16,
+        mid_block_add_attention=False,
+    )
+
+    def texture() -> torch.Tensor:
+        return torch.randn(4, 1, 32, 32).clamp(-1, 1).expand(-1, 3, -1, -1)
+
+    def decode(latent: torch.Tensor) -> torch.Tensor:
+        image: torch.Tensor = vae.decode(latent).sample
+        return image
+
+    settings = VaeTraining(adversarial_steps=100, adversarial_weight=weight, adversarial_learning_rate=2e-3)
+    sharpen(vae, texture, decode, torch.nn.functional.mse_loss, settings)
+    with torch.no_grad():
+        drawn = decode(vae.encode(texture()).latent_dist.mean)
+    contrast = float(drawn.diff(dim=3).abs().mean() / texture().diff(dim=3).abs().mean())
+    assert low <= contrast < high
+
+
+def test_grey_images_make_a_grey_decoder(tmp_path: Path) -> None:
+    records = []
+    for number in range(12):
+        path = tmp_path / f"{number}.png"
+        pixels = np.random.default_rng(number).integers(0, 255, (32, 32), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        records.append(Record(image=path, patient=f"p{number}", captions=("a",)))
+    pretrain_vae(study(vae_training={**SMALL_VAE, "steps": 2}), records, tmp_path / "vae")
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False)
+    image = vae.decode(torch.randn(2, 8, 4, 4)).sample
+    assert torch.equal(image[:, 0], image[:, 1])
+    assert torch.equal(image[:, 0], image[:, 2])
+    assert image.std() > 0
 
 
 def test_the_base_is_trained_once_and_named_by_hash(reference: Reference, tmp_path: Path) -> None:

@@ -8,13 +8,12 @@ from torch import Tensor
 
 from polyclinic.common.refusals import BadInput
 from polyclinic.server.evaluation.bootstrap import balanced_accuracy_draws, draw_weights
+from polyclinic.server.evaluation.linear_probe import FOLDS, _folds, train_probe
 from polyclinic.server.evaluation.probe import (
-    FOLDS,
     Faithfulness,
-    _folds,
     balanced_accuracy,
+    faithfulness_change,
     measure_faithfulness,
-    train_probe,
 )
 
 D = 24
@@ -260,3 +259,55 @@ def test_a_ceiling_that_lacks_a_value_is_left_out() -> None:
     assert result.rows[1].real is not None
     assert result.overall.real is None
     assert "no ceiling" in result.warnings[0]
+
+
+def test_a_change_is_paired_by_prompt() -> None:
+    weak, strong = _measure(1.0), _measure(3.0)
+    change = faithfulness_change(weak, strong)
+    assert change is not None
+    gain = strong.overall.accuracy.value - weak.overall.accuracy.value
+    assert change.value == pytest.approx(gain)
+    assert change.low is not None
+    assert change.high is not None
+    assert 0 < change.low < gain < change.high
+    # The same images twice: no prompt changed, so there is no doubt left.
+    same = faithfulness_change(strong, strong)
+    assert same is not None
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
+def test_a_paired_interval_is_narrower_where_prompts_differ_in_difficulty() -> None:
+    # Half of the prompts are always right, half always wrong; the later round mends two of forty.
+    from polyclinic.server.evaluation.probe import Tally
+
+    def round_of(mended: int) -> Faithfulness:
+        base = _measure(3.0)
+        tallies = [
+            Tally(
+                concept="polyp",
+                prompt=f"{i:02}",
+                wanted="yes" if i % 4 < 2 else "no",
+                images=5,
+                hits=5 if i % 2 or i < mended else 0,
+            )
+            for i in range(40)
+        ]
+        return base.model_copy(update={"tallies": tallies})
+
+    change = faithfulness_change(round_of(0), round_of(4))
+    assert change is not None
+    assert change.low is not None
+    assert change.high is not None
+    # Unpaired, each accuracy alone has an interval of about 0.3.
+    assert change.high - change.low < 0.2
+
+
+def test_rounds_that_were_asked_otherwise_are_not_compared() -> None:
+    one = _measure(3.0)
+    features, labels, prompts = _images(200, 1, 3.0)
+    probe, holdout = _images(300, 2), _images(150, 3)
+    other = measure_faithfulness(
+        features, labels, [f"x{p}" for p in prompts], *probe, *holdout[:2], ("polyp", "quadrant")
+    )
+    assert faithfulness_change(one, other) is None
+    assert faithfulness_change(one.model_copy(update={"tallies": []}), one) is None

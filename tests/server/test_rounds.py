@@ -52,6 +52,7 @@ def resolved(**federation: object) -> Resolved:
             "name": "loop",
             "evaluation": {"prompts": [{"text": "a"}]},
             "training": {"rounds": 3},
+            "privacy": {"canaries": 0},
             "federation": {"grace_s": 0.0, "deadline_s": 2.0, **federation},
         },
         "test",
