@@ -139,6 +139,8 @@ def prepare_and_approve(
             cap=policy.epsilon_total,
             delta_cap=policy.delta_cap,
         )
+        if approval.coins:
+            ledger.tap(approval.id, approval.coins)
         folder = home / "approvals"
         folder.mkdir(mode=0o700, exist_ok=True)
         write_atomic(

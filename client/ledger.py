@@ -5,6 +5,7 @@ A line has the fields that `ledger_chain` says, and its kind's own. Kinds:
 * `open`: the ledger's birth: site name, whether it is a simulation's.
 * `earmark`: an approval sets a study's whole schedule aside: approval, study, sigma, rate, steps,
   delta, epsilon (the string "inf" where the study is not private).
+* `tap`: the study's audit tap, which costs nothing: approval, number of coordinates, hash of its coins.
 * `reserve`: before training: approval, round, hash of the incoming state, sigma, rate, steps, tau.
 * `settle`: the reply is stored: approval, round, hash of the stored bytes.
 * `spent`: the process itself saw its attempt fail; the reservation counts as used.
@@ -238,6 +239,11 @@ class Ledger:
         """End a study: what it did not use comes back."""
         if not self.of(approval, "close"):
             self._append("close", approval=approval)
+
+    def tap(self, approval: str, coins: str) -> None:
+        """Commit to an approval's coins before anything of the study is known."""
+        commitment = hashlib.sha256(coins.encode()).hexdigest()
+        self._append("tap", approval=approval, coordinates=len(coins), coins=commitment)
 
     def anchor(self) -> None:
         """Write a line, and with it a new head, because a person accepts a chain that had lost its own."""

@@ -1,5 +1,6 @@
 """A round at a site, end to end on drawn images: PRIVACY.md, rules 9, 12 and 14, over the wire."""
 
+import hashlib
 import json
 import shutil
 import time
@@ -40,9 +41,10 @@ def kinds(home: Path) -> list[str]:
 
 def cut_to_reservation(home: Path) -> None:
     """Leave the ledger as a process killed after it reserved the first round leaves it."""
-    lines = read_lines(home)[:3]
+    lines = read_lines(home)
+    del lines[[line["kind"] for line in lines].index("reserve") + 1 :]
     (home / "ledger.jsonl").write_bytes(b"".join(canonical_json(line) + b"\n" for line in lines))
-    (home / "ledger.head").write_text(json.dumps({"sequence": 2, "hash": lines[2]["hash"]}))
+    (home / "ledger.head").write_text(json.dumps({"sequence": len(lines) - 1, "hash": lines[-1]["hash"]}))
 
 
 def ask(site: Any, number: int = 1, state: Tensors | None = None, *, late: bool = False) -> bytes:
@@ -73,11 +75,13 @@ def test_private_round_is_charged_stored_and_repeated_byte_for_byte(
     difference, facts, _ = unpack_reply(reply)
     check_like(difference, site.state)
     assert all(bool(tensor.any()) for tensor in difference.values())
-    assert kinds(site.home) == ["open", "earmark", "reserve", "settle"]
-    line = read_lines(site.home)[2]
+    assert kinds(site.home) == ["open", "earmark", "tap", "reserve", "settle"]
+    tap, line = read_lines(site.home)[2:4]
+    coins = hashlib.sha256(approval.coins.encode()).hexdigest()
+    assert (tap["approval"], tap["coordinates"], tap["coins"]) == (approval.id, len(approval.coins), coins)
     assert (line["sigma"], line["rate"], line["steps"], line["tau"]) == (approval.sigma, 0.5, 2, TAU)
     assert facts.epsilon == claim(((approval.sigma, 0.5, 2),), 1e-3)
-    assert (facts.ledger_sequence, facts.ledger_hash) == (2, line["hash"])
+    assert (facts.ledger_sequence, facts.ledger_hash) == (3, line["hash"])
     assert (facts.sigma, facts.clip, facts.divisor, facts.tau, facts.steps) == (
         approval.sigma,
         1.0,
@@ -92,18 +96,18 @@ def test_private_round_is_charged_stored_and_repeated_byte_for_byte(
         other = {**site.state, "conv_out.bias": site.state["conv_out.bias"] + 1}
         with pytest.raises(Refusal, match="round-already-answered"):
             ask(site, state=other)
-    assert kinds(site.home) == ["open", "earmark", "reserve", "settle"]
+    assert kinds(site.home) == ["open", "earmark", "tap", "reserve", "settle"]
 
     # A reply that was stored before its settle line was written is sent, and settled now.
     cut_to_reservation(site.home)
     assert ask(site) == reply
-    assert kinds(site.home) == ["open", "earmark", "reserve", "settle"]
+    assert kinds(site.home) == ["open", "earmark", "tap", "reserve", "settle"]
 
     # A killed attempt left a reservation and nothing else: used again, with fresh randomness.
     cut_to_reservation(site.home)
     shutil.rmtree(site.home / "replies")
     again, facts_again, _ = unpack_reply(ask(site))
-    assert kinds(site.home) == ["open", "earmark", "reserve", "settle"]
+    assert kinds(site.home) == ["open", "earmark", "tap", "reserve", "settle"]
     assert facts_again == facts
     assert not any(torch.equal(again[name], difference[name]) for name in difference)
 
@@ -134,7 +138,7 @@ def test_what_is_refused_before_training_spends_nothing(
     shutil.rmtree(site.home / "cache")
     with pytest.raises(Refusal, match="site-not-ready"):
         ask(site)
-    assert kinds(site.home) == ["open", "earmark"]
+    assert kinds(site.home) == ["open", "earmark", "tap"]
 
 
 def test_the_budgets_end_and_a_broken_reply_have_their_codes_over_the_wire(make_site: Any) -> None:
@@ -155,7 +159,7 @@ def test_the_budgets_end_and_a_broken_reply_have_their_codes_over_the_wire(make_
         ledger.close(approval.id)
     assert code_of(2) == REASONS["budget-exhausted"].code == 1003
     assert ask(site) == reply  # what was released stays released
-    assert kinds(site.home) == ["open", "earmark", "reserve", "settle", "close"]
+    assert kinds(site.home) == ["open", "earmark", "tap", "reserve", "settle", "close"]
 
 
 @pytest.mark.parametrize("where", ["_train", "_facts", "pack_reply"])
@@ -173,7 +177,7 @@ def test_a_seen_failure_is_spent_and_its_text_stays_at_the_site(
     assert reply.error.reason == f"site-fault: {REASONS['site-fault'].cause}"
     assert SECRET in (site.home / "site.log").read_text()
     assert (site.home / "site.log").stat().st_mode & 0o077 == 0
-    assert kinds(site.home) == ["open", "earmark", "reserve", "spent"]
+    assert kinds(site.home) == ["open", "earmark", "tap", "reserve", "spent"]
     with open_ledger(site.home) as ledger:
         assert ledger.history(ledger.lines[1]["approval"])[0][2] == 2
     again = over_wire(site.home, order_records(site.order(), site.state))
@@ -215,7 +219,7 @@ def test_expired_message_is_refused_before_anything_is_spent(make_site: Any) -> 
     config = {"home": str(site.home)}
     reply = app(message, Context(run_id=1, node_id=2, node_config=config, state=RecordDict(), run_config={}))
     assert reply.error.code == REASONS["round-too-late"].code
-    assert kinds(site.home) == ["open", "earmark"]
+    assert kinds(site.home) == ["open", "earmark", "tap"]
 
 
 @pytest.mark.parametrize(
