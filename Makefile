@@ -39,8 +39,10 @@ demo: $(STAMP)-simulation
 	$(BIN)/polyclinic-simulate run phantom-demo --home .polyclinic --resume
 	@report=$$(ls -t "$$PWD"/.polyclinic/runs/phantom-demo-*/report.html | head -n 1); test -n "$$report" && echo "The report: $$report"
 
+# One thread a worker: torch's threads only get in each other's way when workers share the cores.
+test: export OMP_NUM_THREADS := 1
 test: lint
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist worksteal
 
 test-long: $(STAMP)-dev
 	$(BIN)/python -m pytest -m long
