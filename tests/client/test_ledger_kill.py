@@ -171,7 +171,7 @@ def real(tmp_path: Path, tiny_vae: Path, make_site: Any) -> Real:
     warm = fresh(999)
     for number in order:
         answer(warm, number)
-    assert [line["kind"] for line in read_lines(warm)[2:]] == ["reserve", "settle"] * ROUNDS
+    assert [line["kind"] for line in read_lines(warm)[2:]] == ["tap"] + ["reserve", "settle"] * ROUNDS
     return answer, fresh
 
 
