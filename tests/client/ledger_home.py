@@ -1,6 +1,7 @@
 """A ledger in a folder of its own, and the ways the tests use it."""
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -97,3 +98,16 @@ def in_child(work: Callable[[], None]) -> int:
 
 def wait_for(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_at_flush(instant: int) -> None:
+    """Make this process kill itself when it flushes to disk for the `instant`-th time, from 0."""
+    left, flush = [instant], os.fsync
+
+    def fsync(handle: int) -> None:
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        flush(handle)
+
+    setattr(os, "fsync", fsync)  # noqa: B010 - a plain assignment has another type

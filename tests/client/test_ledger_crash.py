@@ -10,7 +10,7 @@ import pytest
 
 from polyclinic.client.ledger import create_ledger, open_ledger, read_lines
 from polyclinic.common.refusals import BadInput, Refusal
-from tests.client.ledger_home import STEPS, answer, in_child, kinds, new, reserve, wait_for
+from tests.client.ledger_home import STEPS, answer, in_child, kill_at_flush, kinds, new, reserve, wait_for
 
 
 def test_second_process_is_refused_while_the_first_holds_the_ledger(tmp_path: Path) -> None:
@@ -58,15 +58,7 @@ def test_killed_at_every_flush_never_under_reports(tmp_path: Path, instant: int)
     home = new(tmp_path)
 
     def work() -> None:
-        real, left = os.fsync, [instant]
-
-        def fsync(handle: int) -> None:
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
-            real(handle)
-
-        setattr(os, "fsync", fsync)  # noqa: B010 - a plain assignment has another type
+        kill_at_flush(instant)
         answer(home, 1)
 
     code = wait_for(in_child(work))

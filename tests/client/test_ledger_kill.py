@@ -29,7 +29,7 @@ from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.generators.public import hash_base, resolve
 from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.refusals import Refusal
-from tests.client.ledger_home import STATE, STEPS, earmark, in_child, new, reserve, wait_for
+from tests.client.ledger_home import STATE, STEPS, earmark, in_child, kill_at_flush, new, reserve, wait_for
 
 ROUNDS = 4
 
@@ -189,15 +189,7 @@ def test_killed_at_every_flush_of_a_real_round(real: Real) -> None:
         home = fresh(instant)
 
         def stopped(home: Path, number: int, instant: int = instant) -> bytes:
-            left, flush = [instant], os.fsync
-
-            def fsync(handle: int) -> None:
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left[0] -= 1
-                flush(handle)
-
-            setattr(os, "fsync", fsync)  # noqa: B010 - a plain assignment has another type
+            kill_at_flush(instant)
             return answer(home, number)
 
         released = {number: {digest} for number, digest in one_life(stopped, home, None)}
