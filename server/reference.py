@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from polyclinic.common.data.cache import snapshot_hash
+from polyclinic.common.data.folder import read_folder
 from polyclinic.common.data.holdout import part_of
 from polyclinic.common.data.table import Record
 from polyclinic.common.refusals import BadInput
@@ -26,6 +28,20 @@ class Reference:
     probe: list[Record]
     evaluate: list[Record]
     hash: str
+
+
+def read_reference(study: Study, folder: Path | None) -> Reference:
+    """Read the coordinator's public images from a folder and split them.
+
+    Raises:
+        BadInput: No folder was named, or it cannot be read.
+    """
+    if folder is None:
+        raise BadInput(
+            "--reference is missing: name the folder of the public images that the study is judged by; "
+            "`polyclinic-simulate reference STUDY --out DIR` writes one for a packaged or simulated study"
+        )
+    return split_reference(study, read_folder(folder, study.data.table, unit=study.data.unit))
 
 
 def split_reference(study: Study, records: list[Record]) -> Reference:
