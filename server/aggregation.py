@@ -1,46 +1,80 @@
-"""From the sites' differences to the next state: a mean with public weights."""
+"""From the sites' differences to the next state, piece by piece.
+
+Differences lie on disk; a piece of a tensor is read from every site, in the order of their names, so that
+sums do not depend on who answered first, and memory does not grow with the sites. Flower's strategies
+have the same rules (FedAvg, FedTrimmedAvg, FedMedian), but hold every reply in memory at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+import torch
+from torch import Tensor
 
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.settings import FederationSettings
+from polyclinic.server.spool import PIECE, Spooled
 
 
-def weighted_mean(differences: Iterable[tuple[str, Tensors]], settings: FederationSettings) -> Tensors:
-    """Average differences one at a time, so that memory does not grow with the sites.
+def combine(
+    pieces: Sequence[Tensor], factors: Sequence[float], weights: Sequence[float], settings: FederationSettings
+) -> Tensor:
+    """Combine one piece of every site's difference by the study's rule.
 
     Args:
-        differences: Site name and difference, in a fixed order, so that sums are reproducible.
-        settings: Gives the public weights; they are renormalised over the sites that replied.
+        pieces: `[N]` of each site; overwritten.
+        factors: What each site's whole difference is scaled by; 1 but for clipped-mean.
+        weights: Public weights; renormalised over the sites that are here.
+        settings: Names the rule.
+
+    Returns:
+        `[N]`: mean, weighted; trimmed mean, without the floor(trim x sites) smallest and largest values of
+        each coordinate (Yin et al. 2018); or median, between the middle two where sites are even.
     """
-    total: Tensors = {}
-    weights = 0.0
-    for site, difference in differences:
-        weight = 1.0 if settings.weights == "equal" else settings.weights[site]
-        weights += weight
-        for name, tensor in difference.items():
-            if name in total:
-                total[name].add_(tensor, alpha=weight)
-            else:
-                total[name] = tensor * weight
-    return {name: tensor / weights for name, tensor in total.items()}
+    if settings.aggregation in ("mean", "clipped-mean"):
+        # Product and sum are rounded apart: a fused one would depend on where pieces and threads end.
+        total = torch.zeros_like(pieces[0])
+        for piece, factor, weight in zip(pieces, factors, weights, strict=True):
+            total += piece.mul_(factor * weight)
+        return total.div_(sum(weights))
+    ranked = torch.stack(list(pieces)).sort(dim=0).values
+    count = len(pieces)
+    cut = (count - 1) // 2 if settings.aggregation == "median" else int(settings.trim * count)
+    return ranked[cut : count - cut].mean(dim=0)
+
+
+def clip_factors(norms: Mapping[str, float], settings: FederationSettings) -> dict[str, float]:
+    """Factor of each site's difference: clipped-mean shortens it to clip_norm, or to the median length."""
+    if settings.aggregation != "clipped-mean":
+        return dict.fromkeys(norms, 1.0)
+    bound = median(norms.values()) if settings.clip_norm is None else settings.clip_norm
+    return {site: min(1.0, bound / norm) if norm else 1.0 for site, norm in norms.items()}
 
 
 def advance(
-    state: Tensors, average: Tensors, difference: Tensors, settings: FederationSettings
-) -> tuple[Tensors, Tensors]:
-    """Take the server's step and update the moving average.
+    state: Tensors, average: Tensors, replies: Mapping[str, Spooled], settings: FederationSettings
+) -> None:
+    """Take the server's step and update the moving average, both in place.
 
     Args:
-        state: Trainable state of the round.
-        average: Its exponential moving average over rounds; the generator that is judged.
-        difference: Mean difference of the sites.
-        settings: Server learning rate and EMA decay.
-
-    Returns:
-        New state and new average.
+        state: Trainable state of the round; becomes the next.
+        average: Its exponential moving average over rounds, the generator that is judged; shares no memory
+            with the state.
+        replies: Site to its difference.
+        settings: Rule, weights, server learning rate and EMA decay.
     """
-    new = {name: tensor + settings.server_learning_rate * difference[name] for name, tensor in state.items()}
-    return new, {name: average[name].lerp(tensor, 1 - settings.ema) for name, tensor in new.items()}
+    sites = sorted(replies)
+    by_site = clip_factors({site: replies[site].norm for site in sites}, settings)
+    factors = [by_site[site] for site in sites]
+    weights = [1.0 if settings.weights == "equal" else settings.weights[site] for site in sites]
+    size = max(1, PIECE // len(sites))
+    for name in sorted(state):
+        flat, mean = state[name].view(-1), average[name].view(-1)
+        for start in range(0, len(flat), size):
+            stop = min(start + size, len(flat))
+            pieces = [replies[site].read(name, start, stop) for site in sites]
+            step = combine(pieces, factors, weights, settings)
+            flat[start:stop].add_(step.mul_(settings.server_learning_rate))
+            mean[start:stop].lerp_(flat[start:stop], 1 - settings.ema)

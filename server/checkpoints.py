@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 
 from polyclinic.common.files import naming_full_disk, sync_folder, write_atomic, write_json_atomic
 from polyclinic.common.generators.base import Tensors
+from polyclinic.server.spool import write_tensors
 
 TAPS = "taps.safetensors"
 
@@ -25,7 +26,9 @@ class RoundRecord(BaseModel):
         released: Enough sites replied, so the state changed.
         state_hash: Hash of the state after the round.
         replied: Site to the facts of its reply.
+        sent_hash: Hash of the state before it as the sites decoded it: what their ledgers name.
         refused: Site to its refusal, code and words.
+        rejected: Site to why its reply was thrown away, code and words.
         absent: Sites that did not answer by the deadline.
         bytes_down: Payload to all sites.
         bytes_up: Payload from all sites.
@@ -37,12 +40,19 @@ class RoundRecord(BaseModel):
     round: int
     released: bool = True
     state_hash: str
+    sent_hash: str = ""
     replied: dict[str, dict[str, float | int | str]] = {}
     refused: dict[str, str] = {}
+    rejected: dict[str, str] = {}
     absent: list[str] = []
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0
+
+    @property
+    def refusals(self) -> dict[str, str]:
+        """Site to why nothing of it was released, whoever said no."""
+        return self.refused | {site: f"reply rejected, {why}" for site, why in self.rejected.items()}
 
 
 @dataclass(frozen=True)
@@ -70,8 +80,8 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> None:
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
     try:
         with naming_full_disk(place):
-            write_atomic(temporary / "state.safetensors", save(checkpoint.state))
-            write_atomic(temporary / "average.safetensors", save(checkpoint.average))
+            for name, tensors in (("state", checkpoint.state), ("average", checkpoint.average)):
+                write_tensors(temporary / f"{name}.safetensors", sorted(tensors.items()), tensors, sync=True)
             if checkpoint.taps:
                 flat = {f"{site}/{n}": t for site, tap in checkpoint.taps.items() for n, t in tap.items()}
                 write_atomic(temporary / TAPS, save(flat))

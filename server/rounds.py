@@ -1,35 +1,34 @@
 """Our own round loop over Flower's grid: deadline, quorum, grace, refusals, resume.
 
 Flower's Strategy starts at round 1, waits forever, drops late replies silently and would release a
-single hospital's update; this loop does none of that.
+single hospital's update; this loop does none of that. Sites are asked when they are there, and again
+when the way to them broke: a site answers from its stored reply, or uses its reservation once more.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from flwr.app import Message, MessageType
+import httpx
+from flwr.app import Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 
 from polyclinic.common.generators.base import Tensors
-from polyclinic.common.privacy.tap import SUM, tap_like
+from polyclinic.common.privacy.tap import tap_like
 from polyclinic.common.progress import say
 from polyclinic.common.refusals import REASONS, Refusal, reason_of
+from polyclinic.common.settings import Transport
 from polyclinic.common.study import Resolved
-from polyclinic.common.wire import (
-    Reply,
-    ReplyFacts,
-    RoundOrder,
-    order_records,
-    payload_bytes,
-    read_reply,
-    state_hash,
-)
-from polyclinic.server.aggregation import advance, weighted_mean
+from polyclinic.common.wire import ReplyFacts, RoundOrder, order_records, state_hash
+from polyclinic.server.aggregation import advance
+from polyclinic.server.alarms import is_possible, round_alarms
 from polyclinic.server.checkpoints import (
     Checkpoint,
     RoundRecord,
@@ -37,9 +36,27 @@ from polyclinic.server.checkpoints import (
     rounds_done,
     save_checkpoint,
 )
-from polyclinic.server.evaluation.audit import Claim, round_alarm, round_level
+from polyclinic.server.plausible import longest_difference
+from polyclinic.server.progress_file import ABSENT, ASKED, NOT_HERE, REPLIED, Board
+from polyclinic.server.replies import Incoming, as_sent, open_reply, payload_bytes
+from polyclinic.server.spool import Spooled, clear_spool, spool_path, write_tensors
 
-POLL_S = 0.2
+# Seconds between two looks for replies (they grow while nothing comes), for new sites, and before a
+# site is asked again (doubled each time).
+POLL_S, SLOWEST_POLL_S = 0.2, 2.0
+NAMES_S = 1.0
+ASK_AGAIN_S, SLOWEST_ASK_AGAIN_S = 5.0, 60.0
+
+# The way to the site broke, or the site is still busy with an earlier asking: nothing was refused.
+ASK_AGAIN = {
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.CLIENT_APP_CRASHED,
+    REASONS["another-process"].code,
+}
+# What a grid raises while its SuperLink is away. (Refused connections it tries again by itself.)
+GRID_FAULTS = (httpx.HTTPError, ObjectPullError, ObjectPushError, ConnectionError, TimeoutError)
 
 Names = Callable[[Grid], dict[int, str]]
 
@@ -56,143 +73,316 @@ def run_rounds(
     *,
     names: Names = registered_names,
     after_round: Callable[[Checkpoint], None] = lambda _: None,
+    expected: Sequence[str] | None = None,
 ) -> None:
-    """Run every round that has no checkpoint yet.
+    """Run every round that has no checkpoint yet, and keep `progress.json` up to date.
 
     Args:
         grid: Where sites are reached.
         resolved: The study.
         run_dir: Holds the checkpoint of round 0 at least.
-        names: How sites are named.
-        after_round: Called with each new checkpoint, after it is on disk.
+        names: How the sites that are online are named.
+        after_round: Called with each new checkpoint, after it is on disk; its tensors become the next
+            round's, in place.
+        expected: Sites that should take part: a round waits for them until its deadline and names those
+            that never came. Others that come are asked, too. Default: a simulation's sites, or none.
 
     Raises:
         Refusal: `too-few-replies` where a round cannot be released.
+        BadInput: The disk is full.
     """
-    total = resolved.study.training.rounds
-    checkpoint = load_checkpoint(run_dir, rounds_done(run_dir)[-1])
-    for number in range(checkpoint.record.round + 1, total + 1):
-        checkpoint = run_round(grid, resolved, checkpoint, number, names(grid))
-        save_checkpoint(run_dir, checkpoint)
-        after_round(checkpoint)
+    study = resolved.study
+    if expected is None:
+        expected = sorted(study.simulation.sites) if study.simulation else []
+    clear_spool(run_dir)  # what a killed server left
+    with Board(run_dir, resolved) as board:
+        checkpoint = load_checkpoint(run_dir, rounds_done(run_dir)[-1])
+        for number in range(checkpoint.record.round + 1, study.training.rounds + 1):
+            try:
+                checkpoint = run_round(
+                    grid, resolved, checkpoint, number, names=names, expected=expected, board=board
+                )
+                save_checkpoint(run_dir, checkpoint)
+            finally:
+                clear_spool(run_dir)
+            board.close(checkpoint.record)
+            after_round(checkpoint)
+
+
+@dataclass
+class _Round:
+    """A round while it is open.
+
+    Attributes:
+        like: Names and shapes of a difference.
+        content: What every site is sent.
+        tap: Names and shapes of the tap's tensors in this round.
+        longest: A longer difference is thrown away.
+        end: When it ends at the latest, on the monotonic clock.
+        everyone: Sites that should take part or were asked.
+        asked: How often each site was asked.
+        pending: Message to site.
+        again: Site to when it may be asked again.
+    """
+
+    number: int
+    resolved: Resolved
+    board: Board
+    like: Tensors
+    content: RecordDict
+    tap: Tensors
+    longest: float
+    end: float
+    everyone: set[str]
+    asked: dict[str, int] = field(default_factory=dict)
+    pending: dict[str, str] = field(default_factory=dict)
+    again: dict[str, float] = field(default_factory=dict)
+    differences: dict[str, Spooled] = field(default_factory=dict)
+    facts: dict[str, ReplyFacts] = field(default_factory=dict)
+    taps: dict[str, Tensors] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+    down: int = 0
+    up: int = 0
+
+    def outstanding(self) -> set[str]:
+        """Sites that may still answer."""
+        over = self.differences.keys() | self.rejected.keys() | (self.refused.keys() - self.again.keys())
+        return self.everyone - over
+
+
+class _Link:
+    """Flower's grid, while the SuperLink behind it comes and goes."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid, self.away = grid, False
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call the grid; None where it cannot be reached, which is said once."""
+        try:
+            answer = function(*arguments)
+        except GRID_FAULTS as error:
+            if not self.away:
+                say(f"the SuperLink cannot be reached ({type(error).__name__}); trying again")
+            self.away = True
+            return None
+        if self.away:
+            say("the SuperLink is back")
+        self.away = False
+        return answer
+
+    def online(self, names: Names, resolved: Resolved) -> dict[str, int]:
+        """Site to node of those that are there now; where weights are given, of those that have one."""
+        weights = resolved.study.federation.weights
+        sites = {site: node for node, site in (self.call(names, self.grid) or {}).items()}
+        return {site: sites[site] for site in sorted(sites) if weights == "equal" or site in weights}
 
 
 def run_round(
-    grid: Grid, resolved: Resolved, before: Checkpoint, number: int, sites: dict[int, str]
+    grid: Grid,
+    resolved: Resolved,
+    before: Checkpoint,
+    number: int,
+    *,
+    board: Board,
+    names: Names = registered_names,
+    expected: Sequence[str] = (),
 ) -> Checkpoint:
     """Send the state, collect differences until deadline or quorum and grace, combine them.
 
+    The round begins, and its deadline starts to run, when `min_sites` are online.
+
+    Args:
+        grid: Where sites are reached.
+        resolved: The study.
+        before: The last checkpoint; its tensors become the new one's, in place. State and average
+            share no memory.
+        number: Of the round.
+        board: Says where the round stands; its run folder holds the spool.
+        names: How the sites that are online are named.
+        expected: Sites that should take part.
+
     Raises:
         Refusal: `too-few-replies`, with every site's reason.
+        BadInput: The disk is full; the last checkpoint stands.
     """
-    settings = resolved.study.federation
+    study, settings = resolved.study, resolved.study.federation
+    link = _Link(grid)
+    board.open(number, expected, settings.quorum or len(expected), settings.deadline_s)
+    online = _wait_for_sites(link, names, resolved, number, expected)
     start = time.monotonic()
+    board.phase("training", settings.deadline_s)
+    sent_hash = state_hash(as_sent(before.state, settings.transport))
     order = RoundOrder(round=number, study_hash=resolved.hash)
-    pending: dict[str, str] = {}
-    down = up = 0
-    for node, site in sorted(sites.items(), key=lambda item: item[1]):
-        content = order_records(order, before.state)
-        down += payload_bytes(content)
-        message = Message(
-            content,
-            dst_node_id=node,
-            message_type=MessageType.TRAIN,
-            ttl=settings.deadline_s,
-            group_id=str(number),
-        )
-        for message_id in grid.push_messages([message]):
-            pending[message_id] = site
-    differences: dict[str, Tensors] = {}
-    facts: dict[str, ReplyFacts] = {}
-    taps: dict[str, Tensors] = {}
-    privacy = resolved.study.privacy
-    wanted = tap_like(
-        privacy.canaries if privacy.enabled else 0, last=number == resolved.study.training.rounds
+    last = number == study.training.rounds
+    opened = _Round(
+        number=number,
+        resolved=resolved,
+        board=board,
+        like=before.state,
+        content=order_records(order, before.state, settings.transport),
+        tap=tap_like(study.privacy.canaries if study.privacy.enabled else 0, last=last),
+        longest=longest_difference(study, number, before.state),
+        end=start + settings.deadline_s,
+        everyone={site for site in expected if settings.weights == "equal" or site in settings.weights},
     )
-    refused: dict[str, str] = {}
-    quorum = min(settings.quorum or len(pending), len(pending))
-    end = start + settings.deadline_s
-    while pending and time.monotonic() < end:
-        replies = list(grid.pull_messages(list(pending)))
-        for reply in replies:
-            site = pending.pop(reply.metadata.reply_to_message_id)
-            try:
-                differences[site], facts[site], taps[site] = _open(reply, before.state, wanted)
-                up += payload_bytes(reply.content)
-            except Refusal as refusal:
-                refused[site] = f"{refusal.reason.code} {refusal.reason.name}"
-        if len(differences) >= quorum:
-            end = min(end, time.monotonic() + settings.grace_s)
-            quorum = len(sites) + 1  # the grace period starts once
-        if pending and not replies:
-            time.sleep(POLL_S)
-    absent = sorted(pending.values())
-    if len(differences) < settings.min_sites:
+    _collect(link, opened, names, online, known=bool(expected))
+    absent = sorted(
+        opened.everyone - opened.differences.keys() - opened.rejected.keys() - opened.refused.keys()
+    )
+    for site in absent:
+        board.site(site, ABSENT)
+    others = {"refused": opened.refused, "rejected": opened.rejected, "absent": absent}
+    if len(opened.differences) < settings.min_sites:
+        told = "; ".join(f"{what}: {sites or 'none'}" for what, sites in others.items())
         raise Refusal(
             "too-few-replies",
-            f"round {number}: {len(differences)} of at least {settings.min_sites}; "
-            f"refused: {refused or 'none'}; "
-            f"absent: {absent or 'none'}",
+            f"round {number}: {len(opened.differences)} of at least {settings.min_sites}; {told}",
         )
-    mean = weighted_mean(((site, differences[site]) for site in sorted(differences)), settings)
-    state, average = advance(before.state, before.average, mean, settings)
+    board.phase("combining")
+    opened.content = None
+    advance(before.state, before.average, opened.differences, settings)
     seconds = time.monotonic() - start
     say(
-        f"round {number}: {len(differences)} sites replied in {seconds:.1f} s"
-        + (f", refused: {refused}" if refused else "")
+        f"round {number}: {len(opened.differences)} sites replied in {seconds:.1f} s"
+        + "".join(f", {what}: {sites}" for what, sites in others.items() if sites)
     )
-    for alarm in _alarms(resolved, number, facts, taps):
+    for alarm in round_alarms(resolved, number, opened.facts, opened.taps):
         say(f"AUDIT ALARM, round {number}, {alarm}")
     record = RoundRecord(
         round=number,
-        state_hash=state_hash(state),
-        replied={site: asdict(facts[site]) for site in sorted(facts)},
-        refused=refused,
+        state_hash=state_hash(before.state),
+        sent_hash=sent_hash,
+        replied={site: asdict(opened.facts[site]) for site in sorted(opened.facts)},
+        refused=opened.refused,
+        rejected=opened.rejected,
         absent=absent,
-        bytes_down=down,
-        bytes_up=up,
+        bytes_down=opened.down,
+        bytes_up=opened.up,
         seconds=seconds,
     )
-    return Checkpoint(record, state, average, taps if wanted else {})
+    return Checkpoint(record, before.state, before.average, opened.taps if opened.tap else {})
 
 
-def claim_of(resolved: Resolved, facts: Mapping[str, float | int | str]) -> Claim:
-    """What a site's mechanism is held to: the study's own settings, and what only the site knows."""
-    privacy = resolved.study.privacy
-    return Claim(
-        sigma=float(facts["sigma"]),
-        clip=privacy.clip,
-        divisor=float(facts["divisor"]),
-        rate=privacy.sampling_rate,
-        steps=resolved.study.training.steps_per_round,
-        tau=float(facts["tau"]),
-        epsilon=float(facts["epsilon"]),
-        delta=privacy.delta,
+def _wait_for_sites(
+    link: _Link, names: Names, resolved: Resolved, number: int, expected: Sequence[str]
+) -> dict[str, int]:
+    """Wait until enough sites for a release are online: a round asked of fewer would be for nothing."""
+    settings = resolved.study.federation
+    end = time.monotonic() + settings.deadline_s
+    while len(online := link.online(names, resolved)) < settings.min_sites:
+        if time.monotonic() >= end:
+            missing = sorted(set(expected) - online.keys())
+            raise Refusal(
+                "too-few-replies",
+                f"round {number} was not begun: {len(online)} of at least {settings.min_sites} sites came "
+                f"online; missing: {missing or 'unknown'}",
+            )
+        time.sleep(max(0.0, min(NAMES_S, end - time.monotonic())))
+    return online
+
+
+def _collect(link: _Link, opened: _Round, names: Names, online: dict[str, int], *, known: bool) -> None:
+    """Ask sites as they appear and take replies as they come, until the round is over."""
+    settings = opened.resolved.study.federation
+    looked, pause, grace = time.monotonic(), POLL_S, False
+    while (now := time.monotonic()) < opened.end:
+        missing = not known or opened.again or opened.everyone - opened.asked.keys()
+        if missing and now - looked >= NAMES_S:
+            online, looked = link.online(names, opened.resolved), now
+        for site, node in online.items():
+            if site not in opened.asked or opened.again.get(site, math.inf) <= now:
+                _ask(link, opened, site, node)
+        heard = False
+        for message_id in list(opened.pending):
+            if time.monotonic() >= opened.end:
+                break
+            # One at a time, and none kept: a reply is as large as the state.
+            replies = list(link.call(link.grid.pull_messages, [message_id]) or ())
+            while replies:
+                heard = _take(opened, replies.pop()) or heard
+            quorum = min(settings.quorum or len(opened.everyone), len(opened.everyone))
+            if not grace and len(opened.differences) >= quorum:
+                grace = True
+                opened.end = min(opened.end, time.monotonic() + settings.grace_s)
+                opened.board.phase("training", opened.end - time.monotonic())
+        waiting = opened.outstanding()
+        if not waiting or len(opened.differences) + len(waiting) < settings.min_sites:
+            return
+        pause = POLL_S if heard else min(1.5 * pause, SLOWEST_POLL_S)
+        if not heard:
+            time.sleep(max(0.0, min(pause, opened.end - time.monotonic())))
+
+
+def _ask(link: _Link, opened: _Round, site: str, node: int) -> None:
+    """Send the round to a site, to be answered before the round ends."""
+    message = Message(
+        opened.content,
+        dst_node_id=node,
+        message_type=MessageType.TRAIN,
+        ttl=max(1e-3, opened.end - time.monotonic()),  # Flower takes 0 for its default of 12 h
+        group_id=str(opened.number),
     )
+    opened.everyone.add(site)
+    opened.asked[site] = opened.asked.get(site, 0) + 1
+    opened.again.pop(site, None)
+    opened.refused.pop(site, None)
+    ids = list(link.call(link.grid.push_messages, [message]) or ())
+    if not ids or not ids[0]:
+        if not link.away:
+            say(f"round {opened.number}: {site} could not be asked; Flower's log says why; trying again")
+        _ask_later(opened, site)
+        return
+    opened.pending[ids[0]] = site
+    size = payload_bytes(opened.content)
+    opened.down += size
+    opened.board.site(site, ASKED, down=size)
 
 
-def _alarms(
-    resolved: Resolved, number: int, facts: dict[str, ReplyFacts], taps: dict[str, Tensors]
-) -> Iterator[str]:
-    """Test each site's noise while the run goes on; the report tests it again, and more at the end."""
-    level = round_level(resolved.study.training.rounds, max(1, len(taps)))
-    for site, tap in sorted(taps.items()):
-        alarm = round_alarm(tap[SUM], claim_of(resolved, asdict(facts[site])), level) if tap else None
-        if alarm:
-            yield f"{site}: {alarm}"
+def _ask_later(opened: _Round, site: str) -> None:
+    """Ask a site again after a pause, which doubles: it may be down for hours."""
+    pause = min(ASK_AGAIN_S * 2.0 ** (opened.asked[site] - 1), SLOWEST_ASK_AGAIN_S)
+    opened.again[site] = time.monotonic() + pause
 
 
-def _open(reply: Message, state: Tensors, tap: Tensors) -> Reply:
-    """Read a reply, or turn its error into a refusal with the site's own code."""
+def _take(opened: _Round, reply: Message) -> bool:
+    """Keep a reply on disk, or say why not; False where it answers nothing that was asked."""
+    site = opened.pending.pop(reply.metadata.reply_to_message_id, None)
+    if site is None:
+        return False  # late: its round is over
     if reply.has_error():
-        reason = reason_of(reply.error.code) or REASONS["site-fault"]
-        raise Refusal(reason.name)
-    opened = read_reply(reply.content, state, tap)
-    if tap and not _possible(opened.facts):
+        code = reply.error.code
+        reason = reason_of(code) or REASONS["site-fault"]
+        why = f"{reason.code} {reason.name}"
+        if code in ASK_AGAIN:
+            say(f"round {opened.number}: {site} could not answer (code {code}); it is asked again")
+            _ask_later(opened, site)
+        if code not in ASK_AGAIN or reason_of(code):
+            opened.refused[site] = why
+        opened.board.site(site, f"refused: {why}" if site in opened.refused else NOT_HERE)
+        return True
+    path = spool_path(opened.board.run_dir, opened.number, site)
+    try:
+        incoming = _open(reply, opened.like, opened.tap, opened.resolved.study.federation.transport)
+        spooled = write_tensors(path, incoming.difference, opened.like)
+        if spooled.norm > opened.longest:
+            path.unlink()
+            raise Refusal("implausible-norm", f"{spooled.norm:.3g}, at most {opened.longest:.3g} is possible")
+    except Refusal as refusal:
+        words = ascii(refusal.detail)[1:-1][:200]  # it may quote what the site sent
+        opened.rejected[site] = f"{refusal.reason.code} {refusal.reason.name}: {words}"
+        opened.board.site(site, f"rejected: {opened.rejected[site]}")
+        return True
+    opened.differences[site], opened.facts[site], opened.taps[site] = spooled, incoming.facts, incoming.tap
+    size = payload_bytes(reply.content)
+    opened.up += size
+    opened.board.site(site, REPLIED, up=size, epsilon=incoming.facts.epsilon)
+    return True
+
+
+def _open(reply: Message, state: Tensors, tap: Tensors, transport: Transport = "bf16") -> Incoming:
+    """Read a reply's facts and tap; its difference is checked as it is taken."""
+    opened = open_reply(reply.content, state, tap, transport)
+    if tap and not is_possible(opened.facts):
         raise Refusal("bad-message", "the facts are not those of a private mechanism")
     return opened
-
-
-def _possible(facts: ReplyFacts) -> bool:
-    """Tell whether a private mechanism can have these parameters, so that it can be audited."""
-    return 0 < facts.sigma < math.inf and 0 < facts.divisor < math.inf and facts.tau >= 0 <= facts.epsilon

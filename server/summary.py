@@ -11,6 +11,7 @@ from typing import Any
 from polyclinic.common.cost import read_costs
 from polyclinic.common.privacy.tap import COINS, SUM
 from polyclinic.common.study import Resolved
+from polyclinic.server.alarms import claim_of
 from polyclinic.server.app import load_resolved
 from polyclinic.server.checkpoints import (
     RoundRecord,
@@ -33,7 +34,6 @@ from polyclinic.server.report.metrics import (
     Source,
     StudyFacts,
 )
-from polyclinic.server.rounds import claim_of
 
 NOT_COVERED = [
     "A patient who is in two hospitals: the epsilons add up.",
@@ -182,7 +182,7 @@ def audits(run_dir: Path, resolved: Resolved, records: list[RoundRecord]) -> lis
 def _sites(resolved: Resolved, records: list[RoundRecord]) -> list[SiteFacts]:
     study = resolved.study
     names = sorted(
-        {site for record in records for site in (*record.replied, *record.refused, *record.absent)}
+        {site for record in records for site in (*record.replied, *record.refusals, *record.absent)}
     )
     sites = []
     for name in names:
@@ -199,7 +199,7 @@ def _sites(resolved: Resolved, records: list[RoundRecord]) -> list[SiteFacts]:
                 sigma=float(last["sigma"]) if last else None,
                 rounds_answered=len(facts),
                 rounds_absent=sum(name in record.absent for record in records),
-                refusals=[f"round {r.round}: {r.refused[name]}" for r in records if name in r.refused],
+                refusals=[f"round {r.round}: {r.refusals[name]}" for r in records if name in r.refusals],
             )
         )
     return sites
@@ -222,7 +222,7 @@ def _round(run_dir: Path, resolved: Resolved, record: RoundRecord) -> RoundFacts
         released=record.released,
         epsilon={site: value for site, value in epsilon.items() if math.isfinite(value)},
         replied=list(record.replied),
-        refused=record.refused,
+        refused=record.refusals,
         absent=record.absent,
         bytes_down=record.bytes_down,
         bytes_up=record.bytes_up,

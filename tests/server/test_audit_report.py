@@ -61,7 +61,7 @@ def test_taps_are_kept_beside_the_state_and_never_in_it(
             "name": "tapped",
             "evaluation": {"prompts": [{"text": "a"}]},
             "privacy": {"canaries": 500, "clip": CLAIM.clip, "sampling_rate": CLAIM.rate},
-            "training": {"rounds": 2, "steps_per_round": CLAIM.steps},
+            "training": {"rounds": 2, "steps_per_round": CLAIM.steps, "learning_rate": 1.0},
             "federation": {"grace_s": 0.0, "deadline_s": 5.0},
         },
         "test",
@@ -75,7 +75,8 @@ def test_taps_are_kept_beside_the_state_and_never_in_it(
 
     @app.train()  # type: ignore[untyped-decorator]
     def train(message: Message, context: Context) -> Message:
-        order, state = read_order(message.content)
+        order, decode = read_order(message.content)
+        state = decode("bf16")
         taps, coins = drawn[str(context.node_config["home"]).removeprefix("/sites/")]
         tap = {SUM: taps[0, order.round - 1]} | ({COINS: coins[0].float()} if order.round == 2 else {})
         reply = pack_reply({name: torch.ones_like(t) for name, t in state.items()}, FACTS, tap)
