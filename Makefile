@@ -31,7 +31,7 @@ help:
 	@echo "make demo       install, then run a federation on drawn pictures to a finished report"
 	@echo "make test       install, then lint, types and every test but the long ones"
 	@echo "make test-long  the tests that take minutes"
-	@echo "make e2e        the tests with real processes over real sockets"
+	@echo "make e2e        a standing federation of real processes, and all that is tried against it"
 	@echo "make lint       ruff and mypy alone"
 	@echo "make base       train the demo's public base again"
 
@@ -42,11 +42,12 @@ demo: $(STAMP)-simulation
 # One thread a worker: torch's threads only get in each other's way when workers share the cores.
 test: export OMP_NUM_THREADS := 1
 test: lint
-	$(BIN)/python -m pytest -m "not long" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not long and not e2e" -n 2 --dist worksteal
 
 test-long: $(STAMP)-dev
 	$(BIN)/python -m pytest -m long
 
+e2e: export OMP_NUM_THREADS := 1
 e2e: $(STAMP)-dev
 	$(BIN)/python -m pytest tests/e2e
 

@@ -2,53 +2,105 @@
 
 From a message the site reads the round number, the state and the deadline; everything else comes
 from the study it approved. Whatever goes wrong, only a code and fixed words leave; exception texts
-stay in the site's own log.
+stay in the site's own log. The journal notes each message before it is looked at, and each reply before
+it leaves.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from polyclinic.client.journal import note
+from polyclinic.client.policy import load_policy
+from polyclinic.client.readiness import check_ready
 from polyclinic.client.training import answer_round
-from polyclinic.common.refusals import REASONS, Reason, Refusal
+from polyclinic.common.refusals import REASONS, BadInput, Reason, Refusal
 from polyclinic.common.wire import read_order, reply_records
 
 app = ClientApp()
 
 SIMULATED_SITES = "POLYCLINIC_SIMULATED_SITES"
 
+# From the site's home, and what says (or raises) whether a round may be begun now, to the reply.
+Work = Callable[[Path, Callable[[], bool]], RecordDict]
+
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Answer a round, or refuse with a code."""
-    home: Path | None = None
-    try:
-        home = site_home(context)
+
+    def work(home: Path, ready: Callable[[], bool]) -> RecordDict:
         order, state = read_order(message.content)
-        ends = message.metadata.created_at + message.metadata.ttl
-        stored = answer_round(home, order, state, in_time=lambda: time.time() < ends)
-        return Message(reply_records(stored), reply_to=message)
-    except Refusal as refusal:
-        _log(home, str(refusal))
-        return _refuse(message, refusal.reason)
-    except Exception:  # noqa: BLE001 - the one place where any text must be kept from leaving the site
-        _log(home, traceback.format_exc())
-        return _refuse(message, REASONS["site-fault"])
+        return reply_records(answer_round(home, order, state, in_time=ready))
+
+    return answer(message, context, work)
 
 
 @app.query("name")
 def name(message: Message, context: Context) -> Message:
     """Say the site's public name; only simulations ask, where nodes are not registered by name."""
-    if SIMULATED_SITES not in os.environ or "home" in context.node_config:
-        return _refuse(message, REASONS["bad-message"])  # a hospital's folder names are its own
-    return Message(RecordDict({"name": ConfigRecord({"site": site_home(context).name})}), reply_to=message)
+
+    def work(home: Path, _: Callable[[], bool]) -> RecordDict:
+        if SIMULATED_SITES not in os.environ or "home" in context.node_config:
+            raise Refusal("bad-message")  # a hospital's folder names are its own
+        return RecordDict({"name": ConfigRecord({"site": home.name})})
+
+    return answer(message, context, work)
+
+
+def answer(message: Message, context: Context, work: Work) -> Message:
+    """Do the work between two journal lines; turn whatever goes wrong into a code and fixed words."""
+    home: Path | None = None
+    outcome = "answered again"  # unless the round is begun now
+
+    def ready() -> bool:
+        nonlocal outcome
+        outcome = "answered"
+        assert home is not None
+        if unwritten is not None:
+            raise unwritten
+        if time.time() >= metadata.created_at + metadata.ttl:
+            return False
+        check_ready(home, load_policy(home), created_at=metadata.created_at, received=size)
+        return True
+
+    try:
+        metadata = message.metadata
+        home = site_home(context)
+        digest, size = _measure(message.content)
+        unwritten = _note(
+            home,
+            "in",
+            type=metadata.message_type,
+            round=metadata.group_id[:64],
+            message=metadata.message_id[:64],
+            sha256=digest,
+            bytes=size,
+            created_at=f"{metadata.created_at:.3f}",
+        )
+        reply = Message(work(home, ready), reply_to=message)
+    except Refusal as refusal:
+        _log(home, str(refusal))
+        outcome = f"{refusal.reason.code} {refusal.reason.name}"
+        reply = _refuse(message, refusal.reason)
+    except Exception:  # noqa: BLE001 - the one place where any text must be kept from leaving the site
+        _log(home, traceback.format_exc())
+        outcome, reply = "fault", _refuse(message, REASONS["site-fault"])
+    if home is not None:
+        digest, size = _measure(reply.content if reply.has_content() else RecordDict())
+        to = {"type": message.metadata.message_type, "reply_to": message.metadata.message_id}
+        # A line that cannot be written does not hold back what the ledger has settled already.
+        _note(home, "out", **to, sha256=digest, bytes=size, outcome=outcome)
+    return reply
 
 
 def site_home(context: Context) -> Path:
@@ -62,6 +114,33 @@ def site_home(context: Context) -> Path:
 
 def _refuse(message: Message, reason: Reason) -> Message:
     return Message(Error(reason.code, f"{reason.name}: {reason.cause}"), reply_to=message)
+
+
+def _note(home: Path, kind: str, **values: object) -> Refusal | None:
+    """Write a journal line; where that cannot be, say why no round may be begun."""
+    try:
+        note(home, kind, **values)
+    except Refusal as refusal:
+        _log(home, str(refusal))
+        return refusal
+    except (OSError, BadInput) as error:
+        _log(home, str(error))
+        return Refusal("journal-unwritable", str(error))
+    return None
+
+
+def _measure(content: RecordDict) -> tuple[str, int]:
+    """SHA-256 over every entry's name, type and bytes, in the order of names; and the number of bytes."""
+    digest, size = hashlib.sha256(), 0
+    for name, record in sorted(content.items()):
+        for key, value in sorted(record.items()):
+            plain = not isinstance(value, Array)
+            kind = "" if plain else f"{value.stype}|{value.dtype}|{tuple(value.shape)}"
+            data = repr(value).encode() if plain else value.data
+            digest.update(f"{name}/{key}|{kind}|{len(data)}\n".encode())
+            digest.update(data)
+            size += len(data)
+    return digest.hexdigest(), size
 
 
 def _log(home: Path | None, text: str) -> None:

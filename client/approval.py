@@ -14,16 +14,26 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from polyclinic.client.ledger import open_ledger
+from polyclinic.client.binding import (
+    base_hash_of,
+    changed_dependencies,
+    data_drifted,
+    dependencies,
+    watch_data,
+)
+from polyclinic.client.ledger import Ledger
+from polyclinic.client.ledger_books import Books, open_books
+from polyclinic.client.ledger_chain import inspect
 from polyclinic.client.policy import Policy, check_noise, check_study, load_policy
+from polyclinic.common.calibration import calibrate
 from polyclinic.common.data.cache import build_cache, snapshot_hash
 from polyclinic.common.data.table import Record
 from polyclinic.common.files import sha256_file, write_atomic
 from polyclinic.common.generators.base import BaseFiles, load_family
-from polyclinic.common.privacy.accounting import calibrate, claim
+from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.privacy.tap import toss_coins
 from polyclinic.common.refusals import BadInput, Refusal
-from polyclinic.common.study import Resolved
+from polyclinic.common.study import CODE_VERSION, Resolved, differences
 
 
 class Approval(BaseModel):
@@ -42,6 +52,8 @@ class Approval(BaseModel):
         sigma: Noise of the whole schedule; 0 where not private.
         divisor: Public constant a sum is divided by: q x declared patients.
         epsilon: Of the whole schedule; None where not private.
+        dependencies: Distribution to its version and the hash of its RECORD.
+        data: The data folder; None in a simulation, whose sites have no folder of their own.
         noise: Where the noise comes from, in words.
         coins: The audit tap's tosses, one a coordinate; they stay here until the last round's reply.
     """
@@ -60,6 +72,8 @@ class Approval(BaseModel):
     sigma: float
     divisor: float
     epsilon: float | None
+    dependencies: dict[str, str] = {}
+    data: Path | None = None
     noise: str = ""
     coins: str = ""
 
@@ -75,7 +89,14 @@ def code_hash() -> str:
 
 
 def prepare_and_approve(
-    home: Path, site: str, resolved: Resolved, records: list[Record], files: BaseFiles
+    home: Path,
+    site: str,
+    resolved: Resolved,
+    records: list[Record],
+    files: BaseFiles,
+    *,
+    data: Path | None = None,
+    renew: bool = False,
 ) -> Approval:
     """Cache a site's images, check the policy, earmark the budget and write the approval.
 
@@ -85,17 +106,26 @@ def prepare_and_approve(
         resolved: The study to approve.
         records: The accepted table.
         files: Where the frozen parts lie here; their hash must be the study's.
+        data: The folder the table came from; remembered, and watched from now on.
+        renew: A person saw what drifted since this study was approved and approves it as it is now;
+            id, budget, noise and declared size stay what they were.
 
     Raises:
         Refusal: The policy forbids it, or the base is another one.
-        BadInput: Too few patients, or an image that cannot be read.
+        BadInput: Too few patients, an image that cannot be read, another release, or a renewal that would
+            need other noise.
     """
     study = resolved.study
     policy = load_policy(home)
-    known = find_approval(home, resolved.hash)
-    if known:
+    known = open_approval(home, resolved.hash)
+    if known and not (renew and drift(home, known)):
         return known
-    check_study(policy, study)
+    if resolved.code_version != CODE_VERSION:
+        raise BadInput(
+            f"the study was made with Polyclinic {resolved.code_version}, here is {CODE_VERSION}; install "
+            "the coordinator's release, or ask for the study made anew"
+        )
+    check_study(policy, study, resolved.base_hash)
     patients = {record.patient for record in records}
     if len(patients) < policy.min_patients:
         raise BadInput(
@@ -103,13 +133,16 @@ def prepare_and_approve(
             "bring more data or lower that limit"
         )
     sigma, epsilon = noise_of(policy, resolved)
+    if known:
+        _check_renewal(known, policy, sigma)
+        sigma, epsilon = known.sigma, known.epsilon
     check_noise(policy, study, sigma)
     family = load_family(study.generator, study.data.image_size, files.vae, frozen=files.frozen)
     if family.base_hash != resolved.base_hash:
         raise Refusal("approval-drift", "the base here is not the study's")
     index = build_cache(records, family, study.data, home / "cache")
     approval = Approval(
-        id=secrets.token_hex(8),
+        id=known.id if known else secrets.token_hex(8),
         site=site,
         resolved=resolved,
         code_hash=code_hash(),
@@ -121,32 +154,63 @@ def prepare_and_approve(
         sigma=sigma,
         divisor=study.privacy.sampling_rate * policy.declared_patients,
         epsilon=epsilon,
+        dependencies=dependencies(),
+        data=data and data.resolve(),
         noise=study.privacy.noise_words,
-        coins=toss_coins(study.privacy.canaries) if study.privacy.enabled else "",
+        coins=known.coins if known else toss_coins(study.privacy.canaries) if study.privacy.enabled else "",
     )
-    with open_ledger(home) as ledger:
-        # A crash between earmark and approval leaves an earmark that nothing can draw on: give it back.
-        for line in [x for x in ledger.lines if x["kind"] == "earmark" and x["study"] == resolved.hash]:
-            ledger.close(line["approval"])
-        ledger.earmark(
-            approval=approval.id,
-            study=resolved.hash,
-            sigma=sigma,
-            rate=study.privacy.sampling_rate,
-            steps=study.total_steps,
-            delta=study.privacy.delta,
-            epsilon=float("inf") if epsilon is None else epsilon,
-            cap=policy.epsilon_total,
-            delta_cap=policy.delta_cap,
-        )
-        if approval.coins:
-            ledger.tap(approval.id, approval.coins)
-        folder = home / "approvals"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        write_atomic(
-            folder / f"{resolved.hash}.json", approval.model_dump_json(indent=1).encode(), mode=0o600
-        )
+    with open_books(home) as ledger:
+        if not known:
+            _set_aside(ledger, approval, policy)
+        _write(home, approval, records)
     return approval
+
+
+def _check_renewal(known: Approval, policy: Policy, sigma: float) -> None:
+    for what, same in (
+        ("declared_patients", policy.declared_patients == known.declared_patients),
+        ("epsilon_per_study", sigma <= known.sigma),
+    ):
+        if not same:
+            raise BadInput(
+                f"policy.toml: `{what}` was fixed when this study was approved; put it back, or end the "
+                "study with `polyclinic-client close` and approve it anew"
+            )
+
+
+def _set_aside(ledger: Books, approval: Approval, policy: Policy) -> None:
+    """Earmark the study's whole schedule, and commit to the tap's coins."""
+    study, epsilon = approval.resolved.study, approval.epsilon
+    # A crash between earmark and approval leaves an earmark that nothing can draw on: give it back.
+    for line in [x for x in ledger.lines if x["kind"] == "earmark" and x["study"] == approval.resolved.hash]:
+        ledger.close(line["approval"])
+    ledger.earmark(
+        approval=approval.id,
+        study=approval.resolved.hash,
+        sigma=approval.sigma,
+        rate=study.privacy.sampling_rate,
+        steps=study.total_steps,
+        delta=study.privacy.delta,
+        epsilon=float("inf") if epsilon is None else epsilon,
+        cap=policy.epsilon_total,
+        delta_cap=policy.delta_cap,
+    )
+    if approval.coins:
+        ledger.tap(approval.id, approval.coins)
+
+
+def _write(home: Path, approval: Approval, records: list[Record]) -> None:
+    folder = home / "approvals"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if approval.data is not None:  # before the approval, which says that it is there
+        table = approval.resolved.study.data.table
+        watch_data(_watched(home, approval), approval.data, table, records)
+    path = folder / f"{approval.resolved.hash}.json"
+    write_atomic(path, approval.model_dump_json(indent=1).encode(), mode=0o600)
+
+
+def _watched(home: Path, approval: Approval) -> Path:
+    return home / "approvals" / f"{approval.resolved.hash}.data"
 
 
 def noise_of(policy: Policy, resolved: Resolved) -> tuple[float, float | None]:
@@ -165,24 +229,86 @@ def find_approval(home: Path, study_hash: str) -> Approval | None:
     return Approval.model_validate(json.loads(path.read_text())) if path.exists() else None
 
 
+def list_approvals(home: Path) -> list[Approval]:
+    """Read every approval of a site, by study name, the oldest first."""
+    paths = sorted((home / "approvals").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    found = [Approval.model_validate(json.loads(path.read_text())) for path in paths]
+    return sorted(found, key=lambda approval: approval.resolved.study.name)
+
+
+def open_approval(home: Path, study_hash: str) -> Approval | None:
+    """Find the approval of a study that is not closed."""
+    approval = find_approval(home, study_hash)
+    if approval is None:
+        return None
+    closed = Ledger(home, inspect(home)[0]).of(approval.id, "close")
+    return None if closed else approval
+
+
 def require_approval(home: Path, study_hash: str) -> tuple[Approval, Policy]:
     """Find the approval of a study and refuse if anything it binds has drifted.
 
     Raises:
-        Refusal: `not-approved`, or `approval-drift` naming what drifted.
+        Refusal: `not-approved`, or `approval-drift`; what drifted, or which fields of the study differ from
+            one that is approved, is for the local reader.
     """
     # The hash comes from a message and names a file: nothing but a hash may pass.
     if len(study_hash) != 64 or set(study_hash) - set("0123456789abcdef"):
         raise Refusal("bad-message", "study hash")
     approval = find_approval(home, study_hash)
     if approval is None:
-        raise Refusal("not-approved", study_hash[:8])
-    if approval.resolved.hash != study_hash:
-        raise Refusal("approval-drift", "the study")
-    if approval.code_hash != code_hash():
-        raise Refusal("approval-drift", "the installed code")
-    if approval.policy_hash != sha256_file(home / "policy.toml"):
-        raise Refusal("approval-drift", "policy.toml")
+        raise Refusal("not-approved", _stranger(home, study_hash))
+    found = drift(home, approval, study_hash)
+    if found:
+        raise Refusal("approval-drift", "; ".join(found))
     policy = load_policy(home)
-    check_study(policy, approval.resolved.study)
+    check_study(policy, approval.resolved.study, approval.resolved.base_hash)
     return approval, policy
+
+
+def drift(home: Path, approval: Approval, study_hash: str | None = None) -> list[str]:
+    """Name everything an approval binds that is no longer what was approved; cheap but for a base's hash.
+
+    Args:
+        home: The site's home.
+        approval: As it was read.
+        study_hash: The study it was found by.
+    """
+    generator = approval.resolved.study.generator
+    found = []
+    if study_hash is not None and approval.resolved.hash != study_hash:
+        found.append("the study")
+    if approval.code_hash != code_hash():
+        found.append("the installed code")
+    found += changed_dependencies(approval.dependencies)
+    policy = home / "policy.toml"
+    if not policy.exists() or approval.policy_hash != sha256_file(policy):
+        found.append("policy.toml")
+    try:
+        base = base_hash_of(approval.files, generator)
+    except BadInput:
+        base = ""
+    if base != approval.resolved.base_hash:
+        found.append("the base's files")
+    if approval.data is not None:
+        data = approval.resolved.study.data
+        if data_drifted(_watched(home, approval), approval.data, data, approval.snapshot_hash):
+            found.append("the data")
+    return found
+
+
+def _stranger(home: Path, study_hash: str) -> str:
+    """Say what is known of a study that nobody approved: a coordinator may have edited one that was."""
+    approved = list_approvals(home)
+    path = home / "kit" / "study.json"
+    if path.exists():
+        resolved = Resolved.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        same = [x for x in approved if x.resolved.study.name == resolved.study.name]
+        if resolved.hash == study_hash and same:
+            changes = "; ".join(differences(same[-1].resolved, resolved))
+            return f"{resolved.run_name}; against the approved {same[-1].resolved.run_name}: {changes}"
+    names = ", ".join(approval.resolved.run_name for approval in approved) or "nothing"
+    return (
+        f"{study_hash[:8]}; approved here: {names}; `polyclinic-client approve NEWSTUDY` says field by field "
+        "what differs"
+    )

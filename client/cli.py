@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from polyclinic.client import cli_approval, cli_enrolment, cli_node
 from polyclinic.client.ledger_view import DETECTED, export, rewrite_head, spending, svg, verify, words
 from polyclinic.common.cli import common_options, run_command, show
 from polyclinic.common.files import write_atomic
@@ -15,6 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="polyclinic-client", description="a hospital's side of Polyclinic")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    cli_enrolment.add_commands(commands)
+    cli_approval.add_commands(commands)
+    cli_node.add_commands(commands)
     _add_ledger(commands.add_parser("ledger", help="what this site has spent"))
     return run_command(parser, argv)
 

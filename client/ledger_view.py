@@ -11,9 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from polyclinic.client.ledger import Ledger, open_ledger
-from polyclinic.client.ledger_chain import Line, inspect
+from polyclinic.client.ledger import Ledger
+from polyclinic.client.ledger_books import Books, open_books
+from polyclinic.client.ledger_chain import inspect
 from polyclinic.client.policy import Policy, load_policy
+from polyclinic.common.chain import Line
 from polyclinic.common.files import sha256_file, write_json_atomic
 from polyclinic.common.privacy.accounting import History, claim, epsilon_prv
 from polyclinic.common.refusals import BadInput, Refusal
@@ -47,7 +49,7 @@ def spending(home: Path, delta: float | None = None) -> dict[str, Any]:
     if delta is not None and not 0 < delta < 1:
         raise BadInput(f"--delta {delta:g} must lie between 0 and 1")
     lines, _ = inspect(home)
-    ledger = Ledger(home, lines)
+    ledger = Books(home, lines)
     policy = load_policy(home) if (home / "policy.toml").exists() else None
     studies = [_study(ledger, line, delta) for line in lines if line["kind"] == "earmark"]
     return {
@@ -123,7 +125,7 @@ def _name(home: Path, study: str) -> str | None:
     return json.loads(path.read_text())["resolved"]["study"]["name"] if path.exists() else None
 
 
-def _total(ledger: Ledger, policy: Policy | None) -> dict[str, Any]:
+def _total(ledger: Books, policy: Policy | None) -> dict[str, Any]:
     epsilon, delta = ledger.committed()
     total: dict[str, Any] = {"epsilon": _finite(epsilon), "delta": delta}
     if policy is not None:
@@ -272,7 +274,7 @@ def rewrite_head(home: Path, anchors: Sequence[str] = ()) -> None:
     if (home / "ledger.head").exists():
         raise Refusal("ledger-broken", "ledger.head is there; only one that is lost may be replaced")
     verify(home, anchors, headless=True)
-    with open_ledger(home, headless=True) as ledger:
+    with open_books(home, headless=True) as ledger:
         ledger.anchor()
 
 

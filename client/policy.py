@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from polyclinic.common.refusals import BadInput, Refusal
 from polyclinic.common.study import Study, explain
@@ -14,7 +15,7 @@ from polyclinic.common.study import Study, explain
 class Policy(BaseModel):
     """`policy.toml` in the site's home. Every limit is the site's own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     declared_patients: int = Field(ge=1, description="public size of the site, typed by a person")
     epsilon_per_study: float = Field(10.0, gt=0, description="cap on one study")
@@ -27,8 +28,26 @@ class Policy(BaseModel):
     max_rounds: int = Field(1000, ge=1)
     max_steps: int = Field(100_000, ge=1, description="steps of one study")
     families: tuple[str, ...] = ("msdm",)
+    allowed_bases: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = Field(
+        (), description="hashes of the frozen bases that may be trained on; empty: any"
+    )
+    allowed_hours: str | None = Field(
+        None,
+        pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$",
+        description='a round is begun only then, local time: "22:00-06:00"; default: always',
+    )
+    max_gpu_memory_gb: float | None = Field(
+        None, gt=0, description="GPU memory that training may take, 10^9 bytes; no effect without a GPU"
+    )
     allow_not_private: bool = Field(False, description="may train without privacy")
     allow_test_randomness: bool = Field(False, description="may train with fixed randomness")
+
+    @field_validator("allowed_hours")
+    @classmethod
+    def _an_interval(cls, hours: str | None) -> str | None:
+        if hours and hours[:5] == hours[6:]:
+            raise ValueError("names the same time twice; leave it out to allow every hour")
+        return hours
 
     @property
     def delta_cap(self) -> float:
@@ -47,14 +66,19 @@ def load_policy(home: Path) -> Policy:
         raise BadInput(f"{path}: no such file; write one with at least declared_patients = N")
     try:
         return Policy.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except tomllib.TOMLDecodeError as error:
-        raise BadInput(f"{path}: not a TOML file: {error}; fix that line") from error
     except ValidationError as error:
         raise BadInput(f"{path}: {explain(error)}") from error
+    except ValueError as error:  # TOML, or the UTF-8 under it
+        raise BadInput(f"{path}: not a TOML file: {error}; fix that line") from error
 
 
-def check_study(policy: Policy, study: Study) -> None:
+def check_study(policy: Policy, study: Study, base_hash: str = "") -> None:
     """Refuse a study that the policy does not allow.
+
+    Args:
+        policy: The site's own limits.
+        study: What is asked.
+        base_hash: Of its frozen base; checked where the policy names bases.
 
     Raises:
         Refusal: With the code of the first rule it breaks.
@@ -65,6 +89,8 @@ def check_study(policy: Policy, study: Study) -> None:
         raise Refusal("test-randomness-forbidden")
     if study.generator.family not in policy.families:
         raise Refusal("policy-forbids", f"family {study.generator.family}")
+    if policy.allowed_bases and base_hash not in policy.allowed_bases:
+        raise Refusal("policy-forbids", f"base {base_hash[:8]} is not one of allowed_bases")
     if study.training.rounds > policy.max_rounds or study.total_steps > policy.max_steps:
         raise Refusal("policy-forbids", f"{study.training.rounds} rounds, {study.total_steps} steps")
     if study.privacy.enabled and study.privacy.delta > 1 / (10 * policy.declared_patients):
@@ -75,7 +101,7 @@ def check_noise(policy: Policy, study: Study, sigma: float) -> None:
     """Refuse a private study with less noise than the site's floor.
 
     Raises:
-        Refusal: `policy-forbids`.
+        Refusal: `noise-below-floor`.
     """
     if study.privacy.enabled and sigma < policy.min_sigma:
-        raise Refusal("policy-forbids", f"sigma {sigma} is below the floor {policy.min_sigma}")
+        raise Refusal("noise-below-floor", f"sigma {sigma}; min_sigma = {policy.min_sigma} in policy.toml")

@@ -17,6 +17,7 @@ from polyclinic.client.policy import check_noise
 from polyclinic.common.cost import Meter, append_cost, view_flops
 from polyclinic.common.data.cache import Cached, load_cache
 from polyclinic.common.device import pick_device
+from polyclinic.common.files import sha256_file
 from polyclinic.common.generators.base import (
     Family,
     Tensors,
@@ -24,26 +25,30 @@ from polyclinic.common.generators.base import (
     load_trainable_state,
     trainable_state,
 )
+from polyclinic.common.plain_engine import PlainEngine
 from polyclinic.common.privacy.clipping import tau
 from polyclinic.common.privacy.random import KeyedRandom
-from polyclinic.common.privacy.selftest import self_test
 from polyclinic.common.privacy.tap import Tap
 from polyclinic.common.refusals import Refusal
+from polyclinic.common.selftest import self_test
+from polyclinic.common.settings import Transport
 from polyclinic.common.study import CODE_VERSION
-from polyclinic.common.training import PlainEngine, PrivateEngine, StepEngine, train
-from polyclinic.common.wire import ReplyFacts, RoundOrder, check_like, pack_reply, state_hash
+from polyclinic.common.training import PrivateEngine, StepEngine, train
+from polyclinic.common.wire import ReplyFacts, RoundOrder, check_like, pack_reply, state_hash, unpack_residual
 
 # Approvals whose self-test this process has passed: once at start-up is enough.
 _SELF_TESTED: set[tuple[str, str]] = set()
 
 
-def answer_round(home: Path, order: RoundOrder, state: Tensors, *, in_time: Callable[[], bool]) -> bytes:
+def answer_round(
+    home: Path, order: RoundOrder, decode: Callable[[Transport], Tensors], *, in_time: Callable[[], bool]
+) -> bytes:
     """Answer one round.
 
     Args:
         home: The site's home.
         order: The round and the study it belongs to.
-        state: Trainable state of the round.
+        decode: Gives the trainable state of the round, read as the approved study's transport says.
         in_time: Says whether the round's deadline is still ahead; asked before anything is spent.
 
     Returns:
@@ -57,6 +62,8 @@ def answer_round(home: Path, order: RoundOrder, state: Tensors, *, in_time: Call
     check_noise(policy, study, approval.sigma)
     if not 1 <= order.round <= study.training.rounds:
         raise Refusal("bad-message", f"round {order.round}")
+    transport = study.federation.transport
+    state = decode(transport)
     incoming = state_hash(state)
     with open_ledger(home) as ledger:
         stored = ledger.stored_reply(approval.id, order.round, incoming)
@@ -81,6 +88,7 @@ def answer_round(home: Path, order: RoundOrder, state: Tensors, *, in_time: Call
             self_test(family, study.privacy.engine, study.privacy.views)
             _SELF_TESTED.add((approval.id, device))
         data = load_cache(home / "cache", approval.cache_index)  # refuses before anything is spent
+        residual = _residual(ledger, approval.id, order.round) if transport == "int8" else {}
         reservation = ledger.reserve(
             approval=approval.id,
             round_number=order.round,
@@ -94,7 +102,8 @@ def answer_round(home: Path, order: RoundOrder, state: Tensors, *, in_time: Call
             with Meter(device) as meter:
                 difference, tap = _train(approval, order.round, state, family, data, device)
             facts = _facts(approval, order, ledger, reservation, family)
-            ledger.settle(approval.id, order.round, pack_reply(difference, facts, tap))
+            reply = pack_reply(difference, facts, tap, transport, residual)
+            ledger.settle(approval.id, order.round, reply)
         except Exception:
             # The attempt is seen to fail here: it counts as spent, unless its reply is already stored.
             # Its text stays at the site.
@@ -103,6 +112,18 @@ def answer_round(home: Path, order: RoundOrder, state: Tensors, *, in_time: Call
             raise
         append_cost(home / "cost.jsonl", "train", meter.measurement, round=order.round, flops=facts.flops)
         return ledger.reply_path(approval.id, order.round).read_bytes()
+
+
+def _residual(ledger: Ledger, approval: str, round_number: int) -> Tensors:
+    """What rounding lost in the reply to the last settled round before this one; nothing at the first."""
+    settled = [line for line in ledger.of(approval, "settle") if line["round"] < round_number]
+    if not settled:
+        return {}
+    last = max(settled, key=lambda line: int(line["round"]))
+    path = ledger.reply_path(approval, last["round"])
+    if not path.exists() or sha256_file(path) != last["reply"]:
+        raise Refusal("reply-broken", str(path))
+    return unpack_residual(path.read_bytes())
 
 
 def _train(

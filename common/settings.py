@@ -189,6 +189,10 @@ class TrainingSettings(Section):
     )
 
 
+# How tensors are written for the way: bf16 halves fp32, int8 quarters it on the way up.
+Transport = Literal["bf16", "fp32", "int8"]
+
+
 class FederationSettings(Section):
     """How sites' replies become one generator."""
 
@@ -199,6 +203,20 @@ class FederationSettings(Section):
     weights: dict[str, float] | Literal["equal"] = Field("equal", description="public weights by site name")
     server_learning_rate: float = Field(1.0, gt=0, description="factor on the mean difference")
     ema: float = Field(0.0, ge=0, lt=1, description="decay a round of the averaged weights that are judged")
+    transport: Transport = Field(
+        "bf16",
+        description="how weights travel: bf16, fp32, or int8, which sends differences as 8-bit steps with a "
+        "scale a row and adds what rounding lost to the site's next difference (states go down as bf16)",
+    )
+    aggregation: Literal["mean", "clipped-mean", "trimmed-mean", "median"] = Field(
+        "mean", description="how differences are combined; the others bound what one bad site can do"
+    )
+    clip_norm: float | None = Field(
+        None, gt=0, description="clipped-mean: longest difference; default: the median length of the round"
+    )
+    trim: float = Field(
+        0.2, gt=0, lt=0.5, description="trimmed-mean: share of the sites cut off at both ends, by coordinate"
+    )
 
     @model_validator(mode="after")
     def _weights_above_zero(self) -> FederationSettings:
@@ -206,6 +224,17 @@ class FederationSettings(Section):
             for site, weight in self.weights.items():
                 if weight <= 0:
                     raise ValueError(f"weights.{site} = {weight:g} must be above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _rule_knows_its_settings(self) -> FederationSettings:
+        if isinstance(self.weights, dict) and self.aggregation in ("trimmed-mean", "median"):
+            raise ValueError(
+                f'weights mean nothing to aggregation = "{self.aggregation}", which ranks sites: '
+                'remove them, or choose "mean" or "clipped-mean"'
+            )
+        if self.clip_norm is not None and self.aggregation != "clipped-mean":
+            raise ValueError('clip_norm belongs to aggregation = "clipped-mean": remove it, or choose that')
         return self
 
 

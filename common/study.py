@@ -8,6 +8,7 @@ own hash names the run.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import tomllib
 from importlib import resources
@@ -123,6 +124,22 @@ class Resolved(Section):
     def run_name(self) -> str:
         """Folder name of the run under `runs/`."""
         return f"{self.study.name}-{self.hash[:8]}"
+
+
+def differences(old: Resolved, new: Resolved) -> list[str]:
+    """Name every field in which two resolved studies differ, with both values."""
+    before, after = _fields(old.model_dump(mode="json")), _fields(new.model_dump(mode="json"))
+    return [
+        f"{name.removeprefix('study.')}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _fields(value: object, name: str = "") -> dict[str, str]:
+    if isinstance(value, dict):
+        return {k: v for key, part in value.items() for k, v in _fields(part, f"{name}.{key}").items()}
+    return {name.removeprefix("."): json.dumps(value)}
 
 
 def load_study(source: str | Path) -> Study:

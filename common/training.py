@@ -1,8 +1,8 @@
 """One training loop for everyone; what a step is belongs to the engine it is given.
 
 `PrivateEngine` takes DP-SGD steps over Poisson-sampled patients: Opacus's DPOptimizer with our
-clipped sum and our noise source. `PlainEngine` takes ordinary steps over the same patients and
-views; whatever it makes is NOT PRIVATE. Both are stateless between rounds.
+clipped sum and our noise source. Where a site's own policy allows training without privacy,
+`plain_engine.PlainEngine` takes its place. Both are stateless between rounds.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class PatientDPOptimizer(DPOptimizer):  # type: ignore[misc]
         return 1
 
 
-class _Sampler:
+class Sampler:
     """Who is in a step and what they show."""
 
     def __init__(self, family: Family, data: Cached, study: Study, random: KeyedRandom, device: str) -> None:
@@ -101,14 +101,16 @@ class _Sampler:
         return Views.of({name: tensor.to(self.device) for name, tensor in views.tensors().items()})
 
 
-def _adamw(parameters: Iterable[Tensor], study: Study) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[Tensor], study: Study) -> torch.optim.AdamW:
+    """AdamW as the study sets it; a fresh one each round."""
     settings = study.training
     return torch.optim.AdamW(
         parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
     )
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -134,11 +136,11 @@ class PrivateEngine:
     ) -> None:
         self.family, self.study, self.random = family, study, random
         self.device, self.tap = device, tap
-        self.sampler = _Sampler(family, data, study, random, device)
+        self.sampler = Sampler(family, data, study, random, device)
         parameters = {**trainable(family.module), **({SUM: tap.parameter} if tap else {})}
         self.names = list(parameters)
         self.optimizer = PatientDPOptimizer(
-            _adamw(parameters.values(), study),
+            adamw(parameters.values(), study),
             noise_multiplier=sigma,
             max_grad_norm=study.privacy.clip,
             expected_batch_size=divisor,
@@ -153,7 +155,7 @@ class PrivateEngine:
         sums = clipped_sum(self.family, self.sampler.views(step), privacy.clip, privacy.micro_batch)
         if self.tap is not None:
             sums = {**sums, SUM: self.tap.clipped_sum(step)}
-        _set_rate(self.optimizer.original_optimizer, self.study.learning_rate(step))
+        set_rate(self.optimizer.original_optimizer, self.study.learning_rate(step))
         self.optimizer.step_on(self.names, sums)
 
     def _noise(self, step: int) -> Callable[[str, torch.Size, float], Tensor]:
@@ -162,34 +164,6 @@ class PrivateEngine:
             return DeviceNoise(self.device)
         shapes = zip(self.names, self.optimizer.params, strict=True)
         return StepNoise(self.random, step, {name: parameter.shape for name, parameter in shapes})
-
-
-class PlainEngine:
-    """Ordinary training on the same patients and views. NOT PRIVATE."""
-
-    def __init__(
-        self, family: Family, data: Cached, study: Study, random: KeyedRandom, *, device: str
-    ) -> None:
-        self.family, self.study = family, study
-        self.sampler = _Sampler(family, data, study, random, device)
-        self.optimizer = _adamw(trainable(family.module).values(), study)
-
-    def step(self, step: int) -> None:
-        """Step on the mean loss over all views of the sampled patients; nobody sampled, no step."""
-        views = self.sampler.views(step)
-        count = views.uniform.numel()
-        if not count:
-            return
-        flat = {name: tensor.flatten(0, 1) for name, tensor in views.tensors().items()}
-        size = self.study.privacy.micro_batch * self.study.privacy.views
-        self.optimizer.zero_grad()
-        for start in range(0, count, size):
-            part = Views.of({name: tensor[start : start + size] for name, tensor in flat.items()})
-            (self.family.view_losses(part).sum() / count).backward()
-        parameters = list(trainable(self.family.module).values())
-        torch.nn.utils.clip_grad_norm_(parameters, self.study.training.max_grad_norm)
-        _set_rate(self.optimizer, self.study.learning_rate(step))
-        self.optimizer.step()
 
 
 def train(engine: StepEngine, first: int, steps: int, label: str) -> None:

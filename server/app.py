@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
+from typing import TextIO
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from polyclinic.common.study import Resolved
 from polyclinic.server.checkpoints import Checkpoint
+from polyclinic.server.node import PROBE
 from polyclinic.server.rounds import Names, registered_names, run_rounds
 
 
@@ -41,16 +47,37 @@ def load_resolved(run_dir: Path) -> Resolved:
     return Resolved.model_validate(json.loads((run_dir / "study.json").read_text(encoding="utf-8")))
 
 
-def run_dir_of(context: Context) -> Path:
-    """Find the run a deployed ServerApp works on: the coordinator's own run config names it."""
-    return Path(str(context.run_config["run-dir"]))
-
-
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run a study in a real deployment."""
-    run_dir = run_dir_of(context)
-    run_rounds(grid, load_resolved(run_dir), run_dir)
+    """Run a study in a real deployment: the run configuration names a folder under `runs`.
+
+    The name alone travels, with the bundle, to every site.
+    """
+    run = str(context.run_config["run"])
+    if run == PROBE:
+        return
+    if not re.fullmatch(r"[a-z][a-z0-9-]{0,39}-[0-9a-f]{8}", run):
+        raise ValueError("the run configuration names no run folder")
+    run_dir = Path(os.environ["POLYCLINIC_HOME"]) / "runs" / run
+    expected = json.loads((run_dir / "sites.json").read_text(encoding="utf-8"))
+    with (run_dir / "server.log").open("a", encoding="utf-8") as log, redirect_stderr(_Tee(sys.stderr, log)):
+        run_rounds(grid, load_resolved(run_dir), run_dir, expected=expected)
+
+
+class _Tee:
+    """Write to two streams: the process's log and the run's own."""
+
+    def __init__(self, *streams: TextIO) -> None:
+        self._streams = streams
+
+    def write(self, text: str) -> int:
+        for stream in self._streams:
+            stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        for stream in self._streams:
+            stream.flush()

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polyclinic.common.cli import common_options, run_command, show
-from polyclinic.common.data.folder import read_folder
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import load_study
+from polyclinic.server import cli_run, cli_sites
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("run", type=Path, metavar="RUN")
     common_options(command)
     command.set_defaults(act=_report)
+    cli_sites.add_commands(commands)
+    cli_run.add_commands(commands)
     return run_command(parser, argv)
 
 
@@ -71,11 +73,10 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     from polyclinic.common.device import pick_device
     from polyclinic.common.generators.public import hash_source, resolve
     from polyclinic.server.pretrain import pretrain_generator, pretrain_vae
-    from polyclinic.server.reference import split_reference
+    from polyclinic.server.reference import read_reference
 
     study = load_study(arguments.study)
-    records = read_folder(arguments.reference, study.data.table, unit=study.data.unit)
-    part = split_reference(study, records).pretrain
+    part = read_reference(study, arguments.reference).pretrain
     if not part:
         raise BadInput("the reference's pretrain part is empty; raise reference.pretrain in the study")
     out: Path = arguments.out

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from polyclinic.common.calibration import calibrate
 from polyclinic.common.cost import count_flops, view_flops
 from polyclinic.common.generators.base import Family, load_family, trainable
 from polyclinic.common.generators.public import PACKAGE, resolve
-from polyclinic.common.privacy.accounting import calibrate, claim, epsilon_pld, epsilon_rdp
+from polyclinic.common.privacy.accounting import claim, epsilon_pld, epsilon_rdp
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.settings import SimulatedSite
 from polyclinic.common.study import Study

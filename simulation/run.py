@@ -6,22 +6,23 @@ import json
 from pathlib import Path
 
 from polyclinic.client.approval import prepare_and_approve
-from polyclinic.client.ledger import create_ledger
+from polyclinic.client.ledger_books import create_ledger
 from polyclinic.common.cost import Meter, append_cost, read_costs
-from polyclinic.common.files import write_atomic, write_json_atomic
+from polyclinic.common.files import write_atomic
 from polyclinic.common.progress import say
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.settings import SimulatedSite
 from polyclinic.common.study import Study
 from polyclinic.server.app import make_app
 from polyclinic.server.base import Base, prepare_base
-from polyclinic.server.checkpoints import Checkpoint, RoundRecord, rounds_done, save_checkpoint
+from polyclinic.server.checkpoints import rounds_done
 from polyclinic.server.evaluation.judge import Judge
 from polyclinic.server.plan import plan
 from polyclinic.server.reference import split_reference
 from polyclinic.server.report.html import write_report
 from polyclinic.server.report.metrics import CostRow, Metrics
 from polyclinic.server.rounds import registered_names
+from polyclinic.server.run_folder import open_run_folder
 from polyclinic.server.summary import cost_rows, summarise
 from polyclinic.simulation.data import Federation, make_federation
 from polyclinic.simulation.grid import ask_names, run_in_process, run_on_ray
@@ -72,9 +73,6 @@ def open_run(run_dir: Path, base: Base, federation: Federation) -> list[Path]:
     Returns:
         The sites' homes, in the order of their names.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(run_dir / "study.json", base.resolved.model_dump(mode="json"))
-    write_atomic(run_dir / "base.json", base.files.model_dump_json().encode())
     homes = []
     for name, site in sorted(federation.settings.sites.items()):
         home = run_dir / "sites" / name
@@ -85,9 +83,7 @@ def open_run(run_dir: Path, base: Base, federation: Federation) -> list[Path]:
             prepare_and_approve(home, name, base.resolved, federation.sites[name], base.files)
         append_cost(home / "cost.jsonl", "preparation", meter.measurement)
         homes.append(home)
-    if not rounds_done(run_dir):
-        record = RoundRecord(round=0, state_hash=base.resolved.start_hash)
-        save_checkpoint(run_dir, Checkpoint(record, base.start, base.start))
+    open_run_folder(run_dir, base)  # last: a preparation that was killed begins anew without --resume
     return homes
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from polyclinic.client.approval import Approval, prepare_and_approve
-from polyclinic.client.ledger import create_ledger
+from polyclinic.client.ledger_books import create_ledger
 from polyclinic.common.data.cache import Cached
 from polyclinic.common.data.table import Record
 from polyclinic.common.generators.base import BaseFiles, Tensors, trainable_state

@@ -54,6 +54,17 @@ AUDITED = (
     "common/wire.py",
 )
 AUDITED_LINES = 2500
+# What that path calls and an auditor may want, too: it keeps files, or can only refuse. Printed, not counted.
+BESIDE = (
+    "client/approval.py",
+    "client/binding.py",
+    "client/bundle.py",
+    "client/ledger_books.py",
+    "client/readiness.py",
+    "common/chain.py",
+    "common/plain_engine.py",
+    "common/selftest.py",
+)
 
 FILE_LINES = 400
 # File to the reason why it may be longer.
@@ -180,6 +191,7 @@ def test_path_from_image_to_wire_is_short(capsys: pytest.CaptureFixture[str]) ->
     table = "\n".join(f"{size:6d}  {path}" for path, size in sizes.items())
     with capsys.disabled():
         print(f"\nwhat a hospital audits, in lines:\n{table}\n{sum(sizes.values()):6d}  of {AUDITED_LINES}")
+        print("".join(f"{lines_of(Path(path)):6d}  beside it: {path}\n" for path in BESIDE))
     assert sizes, "no audited file was found"
     assert sum(sizes.values()) < AUDITED_LINES
 

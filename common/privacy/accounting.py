@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from opacus.accountants import PRVAccountant, RDPAccountant
 
-from polyclinic.common.refusals import BadInput, Refusal
+from polyclinic.common.refusals import Refusal
 
 # (sigma, q, steps): noise standard deviation in units of C, sampling rate, number of steps.
 History = tuple[tuple[float, float, int], ...]
@@ -25,7 +25,6 @@ RDP_ORDERS = [
     *range(12, 64),
     *(round(64 * 2 ** (x / 4)) for x in range(17)),
 ]
-MAX_SIGMA = 1e4
 
 
 def epsilon_prv(history: History, delta: float) -> float:
@@ -76,38 +75,3 @@ def claim(history: History, delta: float) -> float:
     if not 0.99 * low <= value <= high:
         raise Refusal("accountant-disagrees", f"PLD {low:.4f}, PRV {value:.4f}, RDP {high:.4f}")
     return value
-
-
-@lru_cache(maxsize=256)
-def calibrate(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    """Smallest sigma (to 0.1 %) whose claim stays within epsilon.
-
-    Args:
-        epsilon: Budget.
-        delta: As in `claim`.
-        rate: Sampling rate q.
-        steps: Steps of the whole schedule.
-
-    Raises:
-        BadInput: Not even a huge sigma is enough.
-    """
-
-    def enough(sigma: float) -> bool:
-        history = ((sigma, rate, steps),)
-        # PRV's grid takes gigabytes where sigma is far too small, and its sums may end in NaN: RDP rules
-        # those out first, and a NaN is never enough.
-        return epsilon_rdp(history, delta) <= 50 + 10 * epsilon and epsilon_prv(history, delta) <= epsilon
-
-    high = 1.0
-    while not enough(high):
-        high *= 2
-        if high > MAX_SIGMA:
-            raise BadInput(
-                f"privacy.epsilon = {epsilon:g} cannot be met in {steps} steps at q = {rate:g}; "
-                "raise epsilon, or take fewer steps"
-            )
-    low = 0.3  # below this the accountants' discretisation no longer fits in memory
-    while high - low > 1e-3 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return round(high + 5e-5, 4)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from polyclinic.client.ledger import Ledger, create_ledger, open_ledger, read_lines
+from polyclinic.client.ledger import Ledger, read_lines
+from polyclinic.client.ledger_books import Books, create_ledger, open_books
 from polyclinic.common.wire import ReplyFacts, pack_reply
 
 # A reply's facts, of which only the head that they echo matters here.
@@ -25,14 +26,14 @@ def new(
 ) -> Path:
     folder.mkdir(exist_ok=True)
     create_ledger(folder, "site", simulated=True)
-    with open_ledger(folder) as ledger:
+    with open_books(folder) as ledger:
         for approval in approvals:
             earmark(ledger, approval, epsilon, total)
     return folder
 
 
 def earmark(
-    ledger: Ledger,
+    ledger: Books,
     approval: str,
     epsilon: float,
     total: int = 1000,
@@ -63,7 +64,7 @@ def kinds(folder: Path) -> list[str]:
 
 def answer(folder: Path, number: int, state: str = STATE) -> bytes:
     """A round as `client/training.py` does it, with random bytes for a reply."""
-    with open_ledger(folder) as ledger:
+    with open_books(folder) as ledger:
         stored = ledger.stored_reply("a", number, state)
         if stored is not None:
             reply = stored.read_bytes()
@@ -77,7 +78,7 @@ def answer(folder: Path, number: int, state: str = STATE) -> bytes:
 def answered(home: Path, numbers: range, approval: str = "a") -> None:
     """Answer rounds with replies that echo the ledger as real ones do."""
     for number in numbers:
-        with open_ledger(home) as ledger:
+        with open_books(home) as ledger:
             place = reserve(ledger, number, approval=approval)
             facts = ReplyFacts(**EMPTY | {"ledger_sequence": place.sequence, "ledger_hash": place.hash})
             ledger.settle(approval, number, pack_reply({"w": torch.zeros(2)}, facts))

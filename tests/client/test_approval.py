@@ -9,7 +9,8 @@ import pytest
 
 from polyclinic.client import approval as approvals
 from polyclinic.client.approval import code_hash, find_approval, require_approval
-from polyclinic.client.ledger import open_ledger, read_lines
+from polyclinic.client.ledger import read_lines
+from polyclinic.client.ledger_books import open_books
 from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.refusals import BadInput, Refusal
 
@@ -63,7 +64,7 @@ def test_crash_between_earmark_and_approval_gives_the_earmark_back(make_site: An
     (site.home / "approvals" / f"{site.resolved.hash}.json").unlink()
     second = site.approve()
     assert first.id != second.id
-    with open_ledger(site.home) as ledger:
+    with open_books(site.home) as ledger:
         assert ledger.committed() == (second.epsilon, 1e-3)
 
 
@@ -75,7 +76,7 @@ def test_refused_approval_sets_nothing_aside(make_site: Any) -> None:
     with pytest.raises(BadInput, match="fewer patients than min_patients = 20"):
         site.approve()
     site.home.joinpath("policy.toml").write_text("declared_patients = 12\nmin_patients = 1\nmin_sigma = 9\n")
-    with pytest.raises(Refusal, match="policy-forbids"):
+    with pytest.raises(Refusal, match="noise-below-floor"):
         site.approve()
     assert earmarks(site.home) == []
     assert find_approval(site.home, site.resolved.hash) is None

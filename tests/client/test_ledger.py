@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.client.ledger import open_ledger, read_lines
+from polyclinic.client.ledger import read_lines
+from polyclinic.client.ledger_books import open_books
 from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.refusals import Refusal
 from tests.client.ledger_home import RATE, SIGMA, STATE, STEPS, answer, earmark, kinds, new, reserve
@@ -14,7 +15,7 @@ from tests.client.ledger_home import RATE, SIGMA, STATE, STEPS, answer, earmark,
 
 def test_order_is_reserve_then_store_then_settle(tmp_path: Path) -> None:
     home = new(tmp_path)
-    with open_ledger(home) as ledger:
+    with open_books(home) as ledger:
         place = reserve(ledger, 1)
         assert kinds(home) == ["open", "earmark", "reserve"]
         assert not ledger.reply_path("a", 1).exists()
@@ -38,7 +39,7 @@ def test_reservation_is_on_disk_before_it_is_returned(
         real(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with open_ledger(home) as ledger:
+    with open_books(home) as ledger:
         reserve(ledger, 1)
     assert synced[0] == "ledger.jsonl"
 
@@ -63,7 +64,7 @@ def test_other_state_is_refused_and_not_charged(tmp_path: Path) -> None:
 def test_epsilon_is_that_of_everything_reserved_settled_or_not(tmp_path: Path) -> None:
     home = new(tmp_path)
     answer(home, 1)
-    with open_ledger(home) as ledger:
+    with open_books(home) as ledger:
         reserve(ledger, 2)
         reserve(ledger, 3)
         ledger.fail("a", 3)
@@ -73,9 +74,9 @@ def test_epsilon_is_that_of_everything_reserved_settled_or_not(tmp_path: Path) -
 
 def test_failed_attempt_stays_spent_and_killed_one_is_reused(tmp_path: Path) -> None:
     home = new(tmp_path)
-    with open_ledger(home) as ledger:
+    with open_books(home) as ledger:
         first = reserve(ledger, 1)
-    with open_ledger(home) as ledger:
+    with open_books(home) as ledger:
         again = reserve(ledger, 1)
         assert (again.reused, again.sequence, again.hash) == (True, first.sequence, first.hash)
         ledger.fail("a", 1)
@@ -86,7 +87,7 @@ def test_failed_attempt_stays_spent_and_killed_one_is_reused(tmp_path: Path) -> 
 
 def test_schedule_noise_and_rate_of_the_approval_cannot_be_left(tmp_path: Path) -> None:
     home = new(tmp_path, total=25)
-    with open_ledger(home) as ledger:
+    with open_books(home) as ledger:
         for change in ({"sigma": 0.99}, {"rate": 0.11}, {"steps": 26}):
             with pytest.raises(Refusal, match="budget-exhausted"):
                 reserve(ledger, 1, **change)
@@ -103,7 +104,7 @@ def test_schedule_noise_and_rate_of_the_approval_cannot_be_left(tmp_path: Path) 
 
 def test_cap_counts_open_studies_whole_and_closed_ones_as_spent(tmp_path: Path) -> None:
     home = new(tmp_path, epsilon=6.0)
-    with open_ledger(home) as ledger:
+    with open_books(home) as ledger:
         with pytest.raises(Refusal, match="budget-exhausted"):
             earmark(ledger, "b", 4.1)
         reserve(ledger, 1)
@@ -118,7 +119,7 @@ def test_cap_counts_open_studies_whole_and_closed_ones_as_spent(tmp_path: Path) 
 
 def test_deltas_add_up_under_their_own_cap(tmp_path: Path) -> None:
     home = new(tmp_path, ("a", "b"), epsilon=1.0)
-    with open_ledger(home) as ledger:
+    with open_books(home) as ledger:
         assert ledger.committed() == (2.0, 2e-5)
         with pytest.raises(
             Refusal, match=r"1003 budget.*committed 2\.00, 2e-05; asked 1\.00, 1e-05; caps 10\.00, 2\.9e-05"
@@ -136,7 +137,7 @@ def test_deltas_add_up_under_their_own_cap(tmp_path: Path) -> None:
 
 def test_a_reservation_serves_only_what_it_was_made_for(tmp_path: Path) -> None:
     home = new(tmp_path)
-    with open_ledger(home) as ledger:
+    with open_books(home) as ledger:
         reserve(ledger, 1)
         for change in ({"state": "6" * 64}, {"sigma": 2.0}, {"rate": 0.05}, {"steps": 9}, {"tau": 0.0}):
             with pytest.raises(Refusal, match="round-already-answered"):
@@ -178,7 +179,7 @@ def test_a_settled_reply_that_is_not_the_one_is_never_sent_nor_made_again(
 
 def test_a_reply_that_was_never_reserved_is_named(tmp_path: Path) -> None:
     home = new(tmp_path)
-    with open_ledger(home) as ledger:
+    with open_books(home) as ledger:
         (home / "replies").mkdir()
         ledger.reply_path("a", 1).write_bytes(b"reply")
         with pytest.raises(Refusal, match=r"ledger-broken.*a-0001\.safetensors"):
@@ -189,7 +190,7 @@ def test_a_reply_that_was_never_reserved_is_named(tmp_path: Path) -> None:
 def test_no_private_study_after_one_that_was_not(tmp_path: Path, closed: bool) -> None:
     home = new(tmp_path, epsilon=float("inf"))
     assert read_lines(home)[1]["epsilon"] == "inf"
-    with open_ledger(home) as ledger:
+    with open_books(home) as ledger:
         reserve(ledger, 1)
         assert ledger.epsilon("a") == float("inf")
         if closed:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from polyclinic.client.ledger import create_ledger, open_ledger, read_lines
-from polyclinic.client.ledger_chain import line_hash
+from polyclinic.client.ledger import open_ledger, read_lines
+from polyclinic.client.ledger_books import create_ledger
 from polyclinic.client.ledger_view import rewrite_head
+from polyclinic.common.chain import line_hash
 from polyclinic.common.files import canonical_json
 from polyclinic.common.refusals import Refusal
 from tests.client.ledger_home import answer, answered, kinds, new, reserve

@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 from polyclinic.client.approval import prepare_and_approve
-from polyclinic.client.ledger import open_ledger, read_lines
+from polyclinic.client.ledger import read_lines
+from polyclinic.client.ledger_books import open_books
 from polyclinic.client.training import answer_round
 from polyclinic.common.generators.base import BaseFiles, trainable_state
 from polyclinic.common.generators.msdm import Msdm
@@ -67,7 +68,7 @@ def one_life(
 
 def check(home: Path, released: dict[int, set[str]]) -> str:
     """Assert what must hold whenever a process was killed; say where it was."""
-    with open_ledger(home) as ledger:  # the next start is never blocked
+    with open_books(home) as ledger:  # the next start is never blocked
         earmark = ledger.lines[1]
         approval, per_round = earmark["approval"], earmark["steps"] // ROUNDS
         reserved = Counter(line["round"] for line in ledger.of(approval, "reserve"))
@@ -114,7 +115,7 @@ def test_killed_at_random_instants_of_the_ledgers_own_work(tmp_path: Path, insta
 
     def answer(home: Path, number: int) -> bytes:
         # The order of client/training.py around a training of a few milliseconds.
-        with open_ledger(home) as ledger:
+        with open_books(home) as ledger:
             stored = ledger.stored_reply("a", number, STATE)
             if stored is None:
                 reserve(ledger, number)
@@ -162,7 +163,7 @@ def real(tmp_path: Path, tiny_vae: Path, make_site: Any) -> Real:
     order = {number: type(site.order())(round=number, study_hash=resolved.hash) for number in range(1, 5)}
 
     def answer(home: Path, number: int) -> bytes:
-        return answer_round(home, order[number], state, in_time=lambda: True)
+        return answer_round(home, order[number], lambda _: state, in_time=lambda: True)
 
     def fresh(number: int) -> Path:
         return shutil.copytree(site.home, tmp_path / str(number))
@@ -210,7 +211,7 @@ def race(home: Path, act: Callable[[Any, int], object], runners: int = 6) -> Cou
         os.read(start, 1)  # returns at once for all of them when the last writer is closed
         while True:
             try:
-                with open_ledger(home) as ledger:
+                with open_books(home) as ledger:
                     act(ledger, number)
                 return
             except Refusal as refusal:

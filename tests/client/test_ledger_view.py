@@ -11,9 +11,10 @@ import pytest
 
 from polyclinic.client.approval import prepare_and_approve
 from polyclinic.client.cli import main
-from polyclinic.client.ledger import create_ledger, open_ledger, read_lines
-from polyclinic.client.ledger_chain import GENESIS, line_hash
+from polyclinic.client.ledger import read_lines
+from polyclinic.client.ledger_books import create_ledger, open_books
 from polyclinic.client.ledger_view import export, spending, svg, verify, words
+from polyclinic.common.chain import GENESIS, line_hash
 from polyclinic.common.files import canonical_json
 from polyclinic.common.generators.base import BaseFiles
 from polyclinic.common.privacy.accounting import claim
@@ -76,7 +77,7 @@ def test_time_left_is_at_the_pace_so_far(tmp_path: Path) -> None:
 
 def test_a_long_study_shows_some_rounds_and_always_the_last(tmp_path: Path) -> None:
     home = new(tmp_path)
-    with open_ledger(home) as ledger:
+    with open_books(home) as ledger:
         for number in range(1, 31):
             reserve(ledger, number)
     facts = spending(home)
@@ -90,7 +91,7 @@ def test_a_study_without_privacy_is_infinite_everywhere_and_json_stays_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = new(tmp_path, epsilon=float("inf"))
-    with open_ledger(home) as ledger:
+    with open_books(home) as ledger:
         reserve(ledger, 1)
     code, out, _ = run(capsys, "show", "--json", "--home", str(home))
     assert code == 0
@@ -101,7 +102,7 @@ def test_a_study_without_privacy_is_infinite_everywhere_and_json_stays_json(
 
 def test_drawing_is_svg_with_a_line_a_private_study(tmp_path: Path) -> None:
     home = new(tmp_path / "home", ("a", "b"), epsilon=4.0)
-    with open_ledger(home) as ledger:
+    with open_books(home) as ledger:
         for number in range(1, 4):
             reserve(ledger, number)
         earmark(ledger, "plain", float("inf"))
@@ -121,7 +122,7 @@ def test_looking_needs_no_lock_and_changes_nothing(
     home = new(tmp_path)
     answered(home, range(1, 2))
     path = home / "ledger.jsonl"
-    with open_ledger(home):  # a site that trains
+    with open_books(home):  # a site that trains
         with path.open("ab") as file:
             file.write(b'{"a line that is being')
         before = {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
@@ -175,7 +176,7 @@ def test_verify_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     # The same rounds reserved again in a ledger made anew: the replies echo another one's lines.
     anew = new(tmp_path / "anew")
-    with open_ledger(anew) as ledger:
+    with open_books(anew) as ledger:
         reserve(ledger, 1)
     shutil.copytree(home / "replies", anew / "replies")
     (anew / "replies" / "a-0002.safetensors").unlink()
@@ -236,7 +237,7 @@ def test_the_snippet_of_the_docs_recomputes_hashes_and_epsilon(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = new(tmp_path / "home", epsilon=4.0)
-    with open_ledger(home) as ledger:
+    with open_books(home) as ledger:
         for number in (1, 2):
             reserve(ledger, number)
         earmark(ledger, "unused", 1.0)
@@ -276,7 +277,7 @@ def test_hard_stop_at_both_caps_over_several_studies(make_site: Any) -> None:
     first, second = study(1), study(2)
     with pytest.raises(Refusal, match=r"1003 budget-exhausted.*caps 22\.00"):
         study(3)
-    with open_ledger(site.home) as ledger:
+    with open_books(site.home) as ledger:
         ledger.reserve(
             approval=first.id, round_number=1, state=STATE, sigma=first.sigma, rate=0.5, steps=2, tau=0.0
         )

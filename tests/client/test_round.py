@@ -15,7 +15,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from polyclinic.client import training
 from polyclinic.client.app import SIMULATED_SITES, app
-from polyclinic.client.ledger import open_ledger, read_lines
+from polyclinic.client.ledger import read_lines
+from polyclinic.client.ledger_books import open_books
 from polyclinic.client.training import answer_round
 from polyclinic.common.files import canonical_json, sha256_file
 from polyclinic.common.generators.base import Tensors
@@ -23,7 +24,8 @@ from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.privacy.clipping import TAU
 from polyclinic.common.privacy.tap import tap_like
 from polyclinic.common.refusals import REASONS, Refusal
-from polyclinic.common.wire import RoundOrder, check_like, order_records, read_reply, unpack_reply
+from polyclinic.common.wire import RoundOrder, check_like, order_records, unpack_reply
+from polyclinic.server.replies import as_sent, read_reply
 
 PLAIN = {"privacy": {"enabled": False}}
 SECRET = "patient-07 has a polyp"
@@ -48,7 +50,12 @@ def cut_to_reservation(home: Path) -> None:
 
 
 def ask(site: Any, number: int = 1, state: Tensors | None = None, *, late: bool = False) -> bytes:
-    return answer_round(site.home, site.order(number), state or site.state, in_time=lambda: not late)
+    return answer_round(
+        site.home,
+        site.order(number),
+        lambda transport: as_sent(state or site.state, transport),
+        in_time=lambda: not late,
+    )
 
 
 def over_wire(home: Path | None, content: RecordDict, *, ttl: float = 60.0, config: Any = None) -> Message:
@@ -155,7 +162,7 @@ def test_the_budgets_end_and_a_broken_reply_have_their_codes_over_the_wire(make_
     path.write_bytes(reply[:-1])
     assert code_of(1) == REASONS["reply-broken"].code == 1019
     path.write_bytes(reply)
-    with open_ledger(site.home) as ledger:
+    with open_books(site.home) as ledger:
         ledger.close(approval.id)
     assert code_of(2) == REASONS["budget-exhausted"].code == 1003
     assert ask(site) == reply  # what was released stays released
@@ -178,7 +185,7 @@ def test_a_seen_failure_is_spent_and_its_text_stays_at_the_site(
     assert SECRET in (site.home / "site.log").read_text()
     assert (site.home / "site.log").stat().st_mode & 0o077 == 0
     assert kinds(site.home) == ["open", "earmark", "tap", "reserve", "spent"]
-    with open_ledger(site.home) as ledger:
+    with open_books(site.home) as ledger:
         assert ledger.history(ledger.lines[1]["approval"])[0][2] == 2
     again = over_wire(site.home, order_records(site.order(), site.state))
     assert again.error.code == REASONS["round-already-answered"].code
@@ -227,7 +234,7 @@ def test_expired_message_is_refused_before_anything_is_spent(make_site: Any) -> 
     [
         (PLAIN, "", "not-private-forbidden"),
         (PLAIN | {"training": {"test_key": "k"}}, "allow_not_private = true\n", "test-randomness-forbidden"),
-        ({}, "min_sigma = 50.0\n", "policy-forbids"),
+        ({}, "min_sigma = 50.0\n", "noise-below-floor"),
     ],
 )
 def test_study_the_policy_forbids_is_refused_over_the_wire_whatever_the_message_says(

@@ -2,8 +2,9 @@
 
 import pytest
 
+from polyclinic.common.calibration import calibrate
 from polyclinic.common.privacy import accounting
-from polyclinic.common.privacy.accounting import calibrate, claim, epsilon_pld, epsilon_prv, epsilon_rdp
+from polyclinic.common.privacy.accounting import claim, epsilon_pld, epsilon_prv, epsilon_rdp
 from polyclinic.common.refusals import BadInput, Refusal
 
 STUDY = ((1.0, 0.05, 400),)

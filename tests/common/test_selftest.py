@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from polyclinic.common import selftest
 from polyclinic.common.generators.base import Family, Tensors, Views, trainable_state
 from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.other_engines import vmap_sum
-from polyclinic.common.privacy import selftest
 from polyclinic.common.privacy.clipping import ENGINES
 from polyclinic.common.refusals import Refusal
 

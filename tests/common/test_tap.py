@@ -16,7 +16,8 @@ from polyclinic.common.privacy.random import KeyedRandom
 from polyclinic.common.privacy.tap import COINS, SUM, Tap, canary_norms, tap_like, toss_coins
 from polyclinic.common.refusals import Refusal
 from polyclinic.common.training import PrivateEngine
-from polyclinic.common.wire import pack_reply, read_reply, reply_records, unpack_reply
+from polyclinic.common.wire import pack_reply, reply_records, unpack_reply
+from polyclinic.server.replies import read_reply
 from tests.common.test_wire import FACTS, state
 
 RANDOM = KeyedRandom(b"t" * 32)
@@ -106,14 +107,17 @@ def test_coins_are_tossed_once_a_study_and_sent_with_the_last_round_alone(
     assert set(approval.coins) == {"0", "1"}
     assert "cryptographic" in approval.noise
     replies = [
-        answer_round(site.home, site.order(number), site.state, in_time=lambda: True) for number in (1, 2, 3)
+        answer_round(site.home, site.order(number), lambda _: site.state, in_time=lambda: True)
+        for number in (1, 2, 3)
     ]
     taps = [unpack_reply(reply).tap for reply in replies]
     assert [set(tap) for tap in taps] == [{SUM}, {SUM}, {SUM, COINS}]
     assert "".join("1" if coin else "0" for coin in taps[2][COINS]) == approval.coins
     assert not torch.equal(taps[0][SUM], taps[1][SUM])
     for number, reply in enumerate(replies, start=1):
-        assert answer_round(site.home, site.order(number), site.state, in_time=lambda: True) == reply
+        assert (
+            answer_round(site.home, site.order(number), lambda _: site.state, in_time=lambda: True) == reply
+        )
         difference, _, tap = read_reply(reply_records(reply), site.state, tap_like(200, last=number == 3))
         assert difference.keys() == site.state.keys()
         assert all(torch.equal(tap[name], tensor) for name, tensor in taps[number - 1].items())
@@ -123,9 +127,9 @@ def test_study_without_a_tap_sends_none(make_site: Any) -> None:
     site = make_site(privacy={"canaries": 0}, training={"rounds": 1})
     approval = site.approve()
     assert approval.coins == ""
-    reply = answer_round(site.home, site.order(), site.state, in_time=lambda: True)
+    reply = answer_round(site.home, site.order(), lambda _: site.state, in_time=lambda: True)
     assert unpack_reply(reply).tap == {}
-    assert set(reply_records(reply)) == {"difference", "facts"}
+    assert set(reply_records(reply)) == {"difference", "facts", "hashes"}
 
 
 def test_two_approvals_toss_other_coins() -> None:

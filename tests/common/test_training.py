@@ -11,12 +11,13 @@ from polyclinic.common.data.cache import Cached
 from polyclinic.common.device import pick_device
 from polyclinic.common.generators.base import Tensors, Views, trainable, trainable_state
 from polyclinic.common.generators.msdm import Msdm
+from polyclinic.common.plain_engine import PlainEngine
 from polyclinic.common.privacy.clipping import loop_sum
 from polyclinic.common.privacy.random import KeyedRandom
 from polyclinic.common.privacy.views import draw_views, poisson_sample
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study
-from polyclinic.common.training import PatientDPOptimizer, PlainEngine, PrivateEngine, train
+from polyclinic.common.training import PatientDPOptimizer, PrivateEngine, train
 
 RANDOM = KeyedRandom(b"t" * 32)
 

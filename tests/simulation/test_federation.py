@@ -52,7 +52,7 @@ def test_a_run_ends_in_a_report_stamped_not_private(undisturbed: tuple[Path, Pat
     assert [facts.evaluated for facts in metrics.rounds] == [True, False, True, True]
     down = next(row for row in metrics.cost if row.quantity == "bytes down")
     parameters = metrics.study.trainable_parameters
-    assert 3 * 3 * 4 * parameters < down.value < 3 * 3 * 4 * parameters * 1.02
+    assert 3 * 3 * 2 * parameters < down.value < 3 * 3 * 2 * parameters * 1.1  # bf16, and a hash a tensor
     assert (folder / "MODEL_CARD.md").exists()
 
 

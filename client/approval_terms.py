@@ -1,0 +1,220 @@
+"""What a person at a site is shown before approving a study: what happens, what leaves, what it costs."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from polyclinic.client.approval import list_approvals, noise_of, open_approval
+from polyclinic.client.ledger_books import Books
+from polyclinic.client.ledger_chain import inspect
+from polyclinic.client.policy import check_noise, check_study, load_policy
+from polyclinic.common.cost import view_flops
+from polyclinic.common.data.table import Record
+from polyclinic.common.device import pick_device
+from polyclinic.common.generators.base import BaseFiles, load_family, trainable_state
+from polyclinic.common.study import Resolved, differences
+from polyclinic.common.wire import DIFFERENCE, FACTS, HASHES, SCALE, TAP
+
+WIDTH = 100
+_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+
+# Every part of a reply and every field of its facts, in plain words; a test compares with wire.py.
+PARTS = {
+    DIFFERENCE: "how the round moved the weights: clipped patient by patient, summed, noised here",
+    SCALE: "int8 only: by how much each row of that difference was scaled",
+    TAP: "the audit tap: sums of noise and made-up canaries that no patient touches; last, their coins",
+    FACTS: "the numbers below",
+    HASHES: "a SHA-256 of each tensor above, to notice damage on the way",
+}
+FIELDS = {
+    "round": "number of the round",
+    "sigma": "strength of the noise, in units of the clipping bound",
+    "sampling_rate": "chance of a patient to be in a step",
+    "steps": "steps taken",
+    "clip": "bound on what one patient can contribute to a step",
+    "divisor": "sampling rate x declared patients: tells the declared size of this site",
+    "tau": "margin for rounding errors",
+    "epsilon": "privacy spent in this study so far",
+    "delta": "chance that the guarantee may fail",
+    "code_version": "release of Polyclinic here",
+    "base_hash": "hash of the frozen public base",
+    "study_hash": "hash of the study",
+    "approval": "random number of this approval",
+    "ledger_sequence": "number of the ledger's line for the round",
+    "ledger_hash": "salted hash of that line",
+    "flops": "operations of the expected batch, from public numbers; not what was measured",
+}
+
+
+def terms(
+    home: Path, site: str, resolved: Resolved, records: list[Record], files: BaseFiles
+) -> dict[str, Any]:
+    """Gather what approving a study would mean; nothing is written.
+
+    Args:
+        home: The site's home.
+        site: Name of the site.
+        resolved: The study.
+        records: The site's table.
+        files: Where the frozen parts lie here.
+
+    Returns:
+        JSON-safe facts; an infinite epsilon is the string "inf".
+
+    Raises:
+        Refusal: The policy forbids it, or the ledger is not whole.
+        BadInput: The policy or the study cannot be met.
+    """
+    study, policy = resolved.study, load_policy(home)
+    check_study(policy, study, resolved.base_hash)
+    sigma, epsilon = noise_of(policy, resolved)
+    check_noise(policy, study, sigma)
+    family = load_family(
+        study.generator, study.data.image_size, files.vae, frozen=files.frozen, encoders=False
+    )
+    numbers = sum(tensor.numel() for tensor in trainable_state(family.module).values())
+    batch = study.privacy.sampling_rate * policy.declared_patients
+    books = Books(home, inspect(home)[0])
+    spent = books.committed()
+    known = open_approval(home, resolved.hash)
+    more = (0.0, 0.0) if known else (float("inf") if epsilon is None else epsilon, study.privacy.delta)
+    earlier = [a.resolved for a in list_approvals(home) if a.resolved.study.name == study.name]
+    transport = study.federation.transport
+    down = "bf16" if transport == "int8" else transport
+    return {
+        "site": site,
+        "study": study.name,
+        "title": study.title,
+        "hash": resolved.hash,
+        "approved_already": known is not None,
+        "private": study.privacy.enabled,
+        "test_randomness": study.training.test_key is not None,
+        "rounds": study.training.rounds,
+        "steps_per_round": study.training.steps_per_round,
+        "steps": study.total_steps,
+        "generator": f"{study.generator.family} {study.generator.size}",
+        "trained_numbers": numbers,
+        "base_hash": resolved.base_hash,
+        "unit": study.data.unit,
+        "patients": len({record.patient for record in records}),
+        "images": len(records),
+        "declared_patients": policy.declared_patients,
+        "sampling_rate": study.privacy.sampling_rate,
+        "clip": study.privacy.clip,
+        "sigma": sigma,
+        "epsilon": "inf" if epsilon is None else epsilon,
+        "delta": study.privacy.delta,
+        "noise": study.privacy.noise_words,
+        "canaries": study.privacy.canaries if study.privacy.enabled else 0,
+        "epsilon_before": _finite(spent[0]),
+        "epsilon_after": _finite(spent[0] + more[0]),
+        "epsilon_cap": policy.epsilon_total,
+        "delta_before": spent[1],
+        "delta_after": spent[1] + more[1],
+        "delta_cap": policy.delta_cap,
+        "allowed_hours": policy.allowed_hours,
+        "max_gpu_memory_gb": policy.max_gpu_memory_gb,
+        "device": pick_device(study.training.device),
+        "transport": transport,
+        "bytes_up": numbers * _BYTES[transport],
+        "bytes_down": numbers * _BYTES[down],
+        "flops": float(view_flops(family) * study.privacy.views * batch * study.total_steps),
+        "leaves": {**PARTS, **FIELDS},
+        "differs_from_approved": differences(earlier[-1], resolved) if earlier else [],
+    }
+
+
+def _finite(value: float) -> float | str:
+    return "inf" if value == float("inf") else value
+
+
+def words(facts: dict[str, Any]) -> str:
+    """Say the terms in plain words."""
+    part = [_head(facts), _happens(facts), _leaves(facts), _costs(facts)]
+    if facts["differs_from_approved"]:
+        rows = "\n".join(f"  {row}" for row in facts["differs_from_approved"])
+        part.insert(1, f"NOT the study approved before under this name; it differs in\n{rows}")
+    return "\n\n".join(part)
+
+
+def _head(facts: dict[str, Any]) -> str:
+    lines = [
+        f"study {facts['study']} ({facts['hash'][:8]}) at site {facts['site']}: {facts['title']}".rstrip(": ")
+    ]
+    if not facts["private"]:
+        lines.append("*** NOT PRIVATE *** no noise is added: what leaves can show single patients' images.")
+    if facts["test_randomness"]:
+        lines.append("*** FIXED RANDOMNESS *** for tests only: anybody can repeat every draw of this study.")
+    return "\n".join(lines)
+
+
+def _happens(facts: dict[str, Any]) -> str:
+    gpu = facts["max_gpu_memory_gb"]
+    limit = f", at most {gpu:g} GB of it" if gpu and facts["device"] != "cpu" else ""
+    ignored = " (max_gpu_memory_gb has no effect: no GPU is used)" if gpu and facts["device"] == "cpu" else ""
+    return _paragraphs(
+        "What happens",
+        f"{facts['rounds']} rounds of {facts['steps_per_round']} steps train {facts['trained_numbers']:,} "
+        f"numbers of the generator {facts['generator']} on {facts['images']} images of "
+        f"{facts['patients']} {facts['unit']}s, on {facts['device']}{limit}{ignored}, begun "
+        f"{facts['allowed_hours'] or 'at any hour'}. "
+        f"About {facts['flops'] / 1e15:.3g} PFLOP in all: {_hours(facts['flops'] / 1e12)} at 1 TFLOP/s, "
+        f"{_hours(facts['flops'] / 2e13)} at 20 TFLOP/s.",
+        f"It is bound to this installation's code and packages, to base {facts['base_hash'][:8]}, to these "
+        "images and captions, and to policy.toml as they are now; a change in any of them stops the rounds.",
+    )
+
+
+def _leaves(facts: dict[str, Any]) -> str:
+    up, down = _size(facts["bytes_up"]), _size(facts["bytes_down"])
+    tap = f"; the tap has {facts['canaries']} coordinates" if facts["canaries"] else "; there is no tap"
+    rows = [f"  {name:15} {text}" for name, text in facts["leaves"].items()]
+    return "\n".join(
+        (
+            f"What leaves this site, and nothing else: {up} up and {down} down a round "
+            f"({facts['transport']}){tap}",
+            *rows,
+            "No image, caption, loss, count, measured time or error text leaves.",
+        )
+    )
+
+
+def _costs(facts: dict[str, Any]) -> str:
+    if not facts["private"]:
+        return _paragraphs(
+            "What it costs",
+            "Epsilon is infinite. No private study can ever follow on this site's ledger.",
+        )
+    before, after, cap = facts["epsilon_before"], facts["epsilon_after"], facts["epsilon_cap"]
+    share = (
+        "" if isinstance(before, str) else f" ({before / cap:.0%} -> {after / cap:.0%} of the cap {cap:g})"
+    )
+    first = before if isinstance(before, str) else f"{before:.3f}"
+    last = after if isinstance(after, str) else f"{after:.3f}"
+    return _paragraphs(
+        "What it costs",
+        f"Each {facts['unit']}: epsilon {facts['epsilon']:.3f} at delta {facts['delta']:.2g} for the whole "
+        f"study, by noise of sigma {facts['sigma']:g} on contributions of at most {facts['clip']:g}, a "
+        f"{facts['unit']} being in a step with chance {facts['sampling_rate']:g}; for the declared size of "
+        f"{facts['declared_patients']}.",
+        f"Whose noise: this site's own, {facts['noise']}. The promise rests on it alone: not on the "
+        "coordinator, not on other sites.",
+        f"All studies here: epsilon {first} -> {last}{share}; delta {facts['delta_before']:.2g} -> "
+        f"{facts['delta_after']:.2g} of {facts['delta_cap']:.2g}. `polyclinic-client close` returns what "
+        "is unused.",
+    )
+
+
+def _paragraphs(title: str, *texts: str) -> str:
+    fill = [textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="  ") for text in texts]
+    return "\n".join([title, *fill])
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.2g} hours"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:.1f} MB"

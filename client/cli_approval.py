@@ -1,0 +1,191 @@
+"""`polyclinic-client approve, approvals, close, journal`: what people decide, and what was done."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from polyclinic.client.approval import Approval, drift, list_approvals, open_approval, prepare_and_approve
+from polyclinic.client.approval_terms import terms, words
+from polyclinic.client.binding import site_base
+from polyclinic.client.journal import note
+from polyclinic.client.journal_view import read_journal
+from polyclinic.client.journal_view import words as journal_words
+from polyclinic.client.ledger_books import Books, open_books
+from polyclinic.client.ledger_chain import inspect
+from polyclinic.common.cli import common_options, show
+from polyclinic.common.data.folder import read_folder
+from polyclinic.common.refusals import BadInput, Refusal
+from polyclinic.common.study import Resolved, explain
+
+Commands = Any  # argparse gives its subparsers no public type
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands to `polyclinic-client`."""
+    command = commands.add_parser("approve", help="see what a study would do, take and cost; agree to it")
+    command.add_argument(
+        "study", type=Path, nargs="?", metavar="STUDY", help="resolved study (the kit's study.json)"
+    )
+    command.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="folder with this site's data"
+    )
+    command.add_argument("--yes", action="store_true", help="do not ask")
+    common_options(command)
+    command.set_defaults(act=_approve)
+    command = commands.add_parser("approvals", help="what this site has approved, and what has drifted since")
+    common_options(command)
+    command.set_defaults(act=_approvals)
+    command = commands.add_parser("close", help="end a study here; what it did not use comes back")
+    command.add_argument("study", metavar="STUDY", help="its name, or the first characters of its hash")
+    command.add_argument("--yes", action="store_true", help="do not ask")
+    common_options(command)
+    command.set_defaults(act=_close)
+    journal = commands.add_parser("journal", help="every message in and out").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    command = journal.add_parser("verify", help="is the journal whole? names the first line that is not")
+    common_options(command)
+    command.set_defaults(act=_verify)
+    command = journal.add_parser("show", help="one line a message")
+    common_options(command)
+    command.set_defaults(act=_show)
+
+
+def read_resolved(path: Path) -> Resolved:
+    """Read a resolved study as a kit carries it.
+
+    Raises:
+        BadInput: Missing or not one; names the file, the field and the fix.
+    """
+    path = path / "study.json" if path.is_dir() else path
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; name the kit's study.json")
+    try:
+        return Resolved.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise BadInput(f"{path}: not a resolved study of this release: {explain(error)}") from error
+    except ValueError as error:
+        raise BadInput(
+            f"{path}: not a resolved study; name the study.json of a kit, not a study's TOML file"
+        ) from error
+
+
+def _approve(arguments: argparse.Namespace) -> None:
+    home = arguments.home
+    resolved = read_resolved(arguments.study or home / "kit" / "study.json")
+    study = resolved.study
+    records = read_folder(arguments.data, study.data.table, unit=study.data.unit)
+    site = str(inspect(home)[0][0]["site"])
+    files = site_base(home, resolved)
+    facts = terms(home, site, resolved, records, files)
+    known = open_approval(home, resolved.hash)
+    facts["drifted"] = drift(home, known) if known else []
+    text = words(facts)
+    if facts["drifted"]:
+        text += "\n\nApproved before; changed since then: " + "; ".join(facts["drifted"])
+    if known and not facts["drifted"]:
+        show(arguments, facts, f"{text}\n\nApproved already, and nothing has changed since.")
+        return
+    print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    if not arguments.yes:
+        _ask(f"\nTo approve, type the study's name ({study.name}): ", study.name)
+    made = prepare_and_approve(home, site, resolved, records, files, data=arguments.data, renew=True)
+    note(home, "approve", study=resolved.hash, approval=made.id)
+    facts["approval"] = made.id
+    show(arguments, facts, f"\napproved as {made.id}: `polyclinic-client start` answers its rounds")
+
+
+def _ask(question: str, name: str) -> None:
+    print(question, end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip() != name:
+        raise BadInput(f"not approved, nothing was set aside: type {name} when asked, or give --yes")
+
+
+def _approvals(arguments: argparse.Namespace) -> None:
+    home = arguments.home
+    books = Books(home, inspect(home)[0])
+    rows = [_row(home, books, approval) for approval in list_approvals(home)]
+    lines = [
+        f"{row['study']:24} {row['hash'][:8]}  {row['state']:8} {row['approval']}"
+        + (f"  drifted: {'; '.join(row['drifted'])}" if row["drifted"] else "")
+        for row in rows
+    ]
+    show(arguments, rows, "\n".join(lines) or "nothing is approved here")
+
+
+def _row(home: Path, books: Books, approval: Approval) -> dict[str, Any]:
+    closed = bool(books.of(approval.id, "close"))
+    return {
+        "study": approval.resolved.study.name,
+        "hash": approval.resolved.hash,
+        "approval": approval.id,
+        "state": "closed" if closed else "open",
+        "data": None if approval.data is None else str(approval.data),
+        "drifted": [] if closed else drift(home, approval),
+    }
+
+
+def _close(arguments: argparse.Namespace) -> None:
+    home, asked = arguments.home, arguments.study
+    books = Books(home, inspect(home)[0])
+    found = [
+        approval
+        for approval in list_approvals(home)
+        if (approval.resolved.study.name == asked or approval.resolved.hash[: max(4, len(asked))] == asked)
+        and not books.of(approval.id, "close")
+    ]
+    if len(found) != 1:
+        names = ", ".join(a.resolved.run_name for a in found) or "none"
+        raise BadInput(
+            f"{asked}: {names} of this site's open studies fit; name one, or its hash, as "
+            "`polyclinic-client approvals` has it"
+        )
+    study = found[0].resolved
+    before = books.committed()
+    if not arguments.yes:
+        _ask(f"No further round of {study.run_name} will be answered. Type its name: ", study.study.name)
+    with open_books(home) as ledger:
+        ledger.close(found[0].id)
+        after = ledger.committed()
+    note(home, "close", study=study.hash, approval=found[0].id)
+    facts = {
+        "study": study.hash,
+        "approval": found[0].id,
+        "epsilon_returned": "inf" if before[0] == float("inf") else before[0] - after[0],
+        "delta_returned": before[1] - after[1],
+    }
+    returned = facts["epsilon_returned"]
+    epsilon = returned if isinstance(returned, str) else f"{returned:.3f}"
+    show(
+        arguments,
+        facts,
+        f"{study.run_name} is closed; epsilon {epsilon} and delta {facts['delta_returned']:.2g} came back",
+    )
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    home = arguments.home
+    lines, unfinished = read_journal(home)
+    if not lines and (home / "ledger.jsonl").exists():
+        rounds = sum(line["kind"] == "reserve" for line in inspect(home)[0])
+        if rounds:
+            raise Refusal("journal-broken", f"it is empty, but the ledger has {rounds} rounds")
+    facts = {"lines": len(lines), "hash": lines[-1]["hash"] if lines else None, "unfinished_line": unfinished}
+    torn = "; an unfinished last line is being written now, or is torn" if unfinished else ""
+    show(
+        arguments,
+        facts,
+        f"{home / 'journal.jsonl'}: {len(lines)} lines, the chain is whole{torn}\n"
+        "detected: a line edited, moved, taken out or put in. Not detected: lines cut from the end.",
+    )
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    lines, _ = read_journal(arguments.home)
+    show(arguments, lines, journal_words(lines) or "nothing yet")

@@ -1,0 +1,34 @@
+"""The site's journal: one chained line for every message in and out, and for what people did.
+
+`journal.jsonl` is a chained file like the ledger, without a head: lines cut from its end are not seen.
+Nothing private is in it, no loss, count, prompt or exception text. Kinds, with their own fields:
+
+* `in`: `type`, `round` (as the coordinator labels it), `message` (its id), `sha256` and `bytes` of what was
+  received, `created_at` (Unix seconds by the coordinator's clock).
+* `out`: `type`, `reply_to`, `sha256` and `bytes` of what was sent, `outcome`: `answered`, `answered again`
+  (from the store), a refusal's code and name, or `fault`.
+* `start`, `stop`: the node's processes. `approve`, `close`: `study`, `approval`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from polyclinic.common.chain import Line, append_line, lock, read_chain, set_aside
+
+NAME = "journal"
+
+
+def note(home: Path, kind: str, **values: Any) -> Line:
+    """Write a line, fsync'd before this returns; waits for another process that writes one.
+
+    Raises:
+        Refusal: `journal-broken`: it was changed, and somebody has to look first.
+        BadInput: The disk is full.
+    """
+    with lock(home, NAME, wait=True):
+        lines, torn = read_chain(home, NAME)
+        if torn:
+            set_aside(home, NAME, torn)
+        return append_line(home, NAME, lines, kind, values)
