@@ -122,7 +122,7 @@ def follow(home: Path, run_dir: Path, attempt: int, judge: Judge) -> None:
             now = rounds_done(run_dir)[-1]
             if now > done:
                 say(round_line(run_dir, now))
-                advance(now - done, f"ETA {duration(progress.eta_s)}" if progress and progress.eta_s else "")
+                advance(now - done)
                 done = now
             judge.judge_missing()
             over = progress is not None and progress.phase.startswith(("finished", "failed"))

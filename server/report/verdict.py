@@ -219,7 +219,8 @@ def cost_sentence(metrics: Metrics) -> str:
     down, up = bytes_moved(metrics)
     if down or up:
         parts.append(f"{wording.scaled(down, 'B')} sent to sites and {wording.scaled(up, 'B')} received")
-    return f"It took {listed(parts)}."
+    own = "" if metrics.simulated else " The computing is the coordinator's alone: sites keep theirs to themselves."
+    return f"It took {listed(parts)}.{own}"
 
 
 def verdict(metrics: Metrics) -> list[str]:
