@@ -219,7 +219,7 @@ def cost_sentence(metrics: Metrics) -> str:
     down, up = bytes_moved(metrics)
     if down or up:
         parts.append(f"{wording.scaled(down, 'B')} sent to sites and {wording.scaled(up, 'B')} received")
-    own = "" if metrics.simulated else " The computing is the coordinator's alone: sites keep theirs to themselves."
+    own = "" if metrics.simulated else " The computing is the coordinator's: sites keep theirs to themselves."
     return f"It took {listed(parts)}.{own}"
 
 
