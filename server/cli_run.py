@@ -81,7 +81,8 @@ def _run(arguments: argparse.Namespace) -> None:
         print(f"the run goes on; see `polyclinic-server status {study.name}`", file=sys.stderr)
         raise
     if arguments.detach:
-        show(arguments, {"run": run_dir}, f"launched; see `polyclinic-server status {run_dir.name}`")
+        words = f"launched; `polyclinic-server run {arguments.study} --resume` follows it to its report"
+        show(arguments, {"run": run_dir}, words)
         return
     metrics = report(run_dir, study, prepare_base(home, study, reference))
     page = run_dir / "report.html"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.federation import DATA, SITES, Federation
+from tests.e2e.federation import DATA, SITES, Federation, at_once
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +40,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory, random_vae: Path) -> It
     made = Federation(tmp_path_factory.mktemp("federation"), random_vae)
     made.write_data()
     kits = made.provision(made.write_study("opening"))
-    for site in SITES:
-        made.enrol(site, kits[site])
+    at_once(lambda site: made.enrol(site, kits[site]), SITES)
     try:
         yield made
     finally:

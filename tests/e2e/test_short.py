@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from polyclinic.client.ledger_view import verify
-from tests.e2e.federation import SITES, Federation, call, wait_for
+from tests.e2e.federation import SITES, Federation, at_once, call, wait_for
 
 
 def ask(federation: Federation, path: str, certificate: str = "", key: str = "") -> str:
@@ -54,10 +54,9 @@ def study_runs_over_a_killed_client(federation: Federation) -> None:
     """Three rounds; one site's ClientApp is killed in the second, and no budget is spent twice."""
     study = federation.write_study("clean")
     resolved = federation.resolved(study)
-    for site in SITES:
-        said = federation.approve(site, resolved).stdout
-        assert "epsilon" in said
-        assert "leaves" in said
+    for done in at_once(lambda site: federation.approve(site, resolved), SITES):
+        assert "epsilon" in done.stdout
+        assert "leaves" in done.stdout
     running = federation.run_in_background(study)
     victim = SITES[0]
 
@@ -103,7 +102,6 @@ def test_a_study_from_kits_to_a_report(federation: Federation) -> None:
     federation.start("server")
     call("server", "health", "--home", federation.server)
     door_is_closed(federation)
-    for site in SITES:
-        federation.start(site)
+    at_once(federation.start, SITES)
     study_runs_over_a_killed_client(federation)
     edited_study_is_refused(federation)
