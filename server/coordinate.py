@@ -169,7 +169,9 @@ def sites_line(progress: Progress) -> str:
 def round_line(run_dir: Path, number: int) -> str:
     """What a released round brought, in one line."""
     record = load_record(run_dir, number)
-    spent = ", ".join(f"{site} {facts['epsilon']:.3f}" for site, facts in sorted(record.replied.items()))
+    spent = ", ".join(
+        f"{site} {float(facts['epsilon']):.3f}" for site, facts in sorted(record.replied.items())
+    )
     return (
         f"round {number} released: {len(record.replied)} sites in {duration(record.seconds)}; "
         f"epsilon so far as reported: {spent}; {record.bytes_down / 1e6:.1f} MB down, "
