@@ -80,7 +80,7 @@ def answer(message: Message, context: Context, work: Work) -> Message:
         unwritten = _note(
             home,
             "in",
-            type=metadata.message_type,
+            type=metadata.message_type[:64],
             round=metadata.group_id[:64],
             message=metadata.message_id[:64],
             sha256=digest,
@@ -97,7 +97,7 @@ def answer(message: Message, context: Context, work: Work) -> Message:
         outcome, reply = "fault", _refuse(message, REASONS["site-fault"])
     if home is not None:
         digest, size = _measure(reply.content if reply.has_content() else RecordDict())
-        to = {"type": message.metadata.message_type, "reply_to": message.metadata.message_id}
+        to = {"type": message.metadata.message_type[:64], "reply_to": message.metadata.message_id[:64]}
         # A line that cannot be written does not hold back what the ledger has settled already.
         _note(home, "out", **to, sha256=digest, bytes=size, outcome=outcome)
     return reply
@@ -149,5 +149,5 @@ def _log(home: Path | None, text: str) -> None:
         if home is not None:
             path = home / "site.log"
             path.touch(mode=0o600)
-            with path.open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text.rstrip() + "\n")

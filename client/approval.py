@@ -137,9 +137,8 @@ def prepare_and_approve(
         _check_renewal(known, policy, sigma)
         sigma, epsilon = known.sigma, known.epsilon
     check_noise(policy, study, sigma)
+    check_base(resolved, files)
     family = load_family(study.generator, study.data.image_size, files.vae, frozen=files.frozen)
-    if family.base_hash != resolved.base_hash:
-        raise Refusal("approval-drift", "the base here is not the study's")
     index = build_cache(records, family, study.data, home / "cache")
     approval = Approval(
         id=known.id if known else secrets.token_hex(8),
@@ -164,6 +163,16 @@ def prepare_and_approve(
             _set_aside(ledger, approval, policy)
         _write(home, approval, records)
     return approval
+
+
+def check_base(resolved: Resolved, files: BaseFiles) -> None:
+    """Refuse a base that is not the study's, before any library is let near its files.
+
+    Raises:
+        Refusal: `approval-drift`.
+    """
+    if base_hash_of(files, resolved.study.generator) != resolved.base_hash:
+        raise Refusal("approval-drift", "the base here is not the study's")
 
 
 def _check_renewal(known: Approval, policy: Policy, sigma: float) -> None:

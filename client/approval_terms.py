@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from polyclinic.client.approval import list_approvals, noise_of, open_approval
+from polyclinic.client.approval import check_base, list_approvals, noise_of, open_approval
 from polyclinic.client.ledger_books import Books
 from polyclinic.client.ledger_chain import inspect
 from polyclinic.client.policy import check_noise, check_study, load_policy
@@ -71,6 +71,7 @@ def terms(
     check_study(policy, study, resolved.base_hash)
     sigma, epsilon = noise_of(policy, resolved)
     check_noise(policy, study, sigma)
+    check_base(resolved, files)
     family = load_family(
         study.generator, study.data.image_size, files.vae, frozen=files.frozen, encoders=False
     )
@@ -98,6 +99,7 @@ def terms(
         "trained_numbers": numbers,
         "base_hash": resolved.base_hash,
         "unit": study.data.unit,
+        "table": study.data.table,
         "patients": len({record.patient for record in records}),
         "images": len(records),
         "declared_patients": policy.declared_patients,

@@ -74,6 +74,7 @@ def init(home: Path, path: Path, out: Path | None = None) -> dict[str, Any]:
         known = _known_kit(home)
         _check_kit(home, path, kit, known)
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        home.chmod(0o700)  # it may have been there
         (home / "keys").mkdir(exist_ok=True, mode=0o700)
         _check_ledger(home, kit.site)
         take_in(home, files, opened)
@@ -221,7 +222,11 @@ def _known_kit(home: Path) -> Kit | None:
 def _check_kit(home: Path, path: Path, kit: Kit, known: Kit | None) -> None:
     """May this home take this kit?"""
     if known and known.ca_sha256 != kit.ca_sha256:
-        raise BadInput(f"{path}: not a kit of the federation that {home} belongs to; use another --home")
+        raise BadInput(
+            f"{path}: not a kit of the federation that {home} belongs to (its CA is another); ask by "
+            f"telephone why. If it is meant, move {home / 'kit'} and {home / 'keys'} aside and run again: "
+            "keep this home and its ledger, since in a second home every patient would be counted anew"
+        )
     if known and known.site != kit.site:
         raise BadInput(f"{path}: a kit for site {kit.site}, but {home} is {known.site}'s; take its own")
     if kit.secret is None and not (home / "keys" / "tls.crt").exists():
@@ -237,7 +242,7 @@ def _check_kit(home: Path, path: Path, kit: Kit, known: Kit | None) -> None:
     if kit.expired():
         raise Refusal("kit-expired", f"{path}: on {kit.expires:%Y-%m-%d}")
     if known is None and (home / "keys" / "tls.crt").exists():
-        raise BadInput(f"{home}: has keys but no kit/{KIT}; restore it from a backup, or use another --home")
+        raise BadInput(f"{home}: has keys but no kit/{KIT}; restore it from a backup")
 
 
 def _check_ledger(home: Path, site: str) -> None:
@@ -250,7 +255,7 @@ def _check_ledger(home: Path, site: str) -> None:
     line = json.loads(first[0])
     if line.get("site") != site or line.get("simulated"):
         whose = f"{'simulated ' if line.get('simulated') else ''}site {line.get('site')}"
-        raise BadInput(f"{path}: the ledger of {whose}, not of {site}; use another --home")
+        raise BadInput(f"{path}: the ledger of {whose}, not of {site}; name this site's own --home")
 
 
 # -- keys -----------------------------------------------------------------------------------------

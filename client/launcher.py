@@ -10,17 +10,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp.client_app import LoadClientAppError
 
-from polyclinic.client.bundle import check_bundle
+from polyclinic.common.bundle import check_bundle
 from polyclinic.common.refusals import Refusal
 
 RUNNER = "flwr.supernode.runtime.run_clientapp"
 # What is replaced in the runner: unpacking, loading, installing.
-REPLACED = ("install_from_fab", "get_load_client_app_fn", "install_app_dependencies")
+REPLACED = ("install_from_fab", "get_load_client_app_fn", "install_app_dependencies", "get_project_dir")
 
 
 def main() -> None:
@@ -44,7 +45,10 @@ def main() -> None:
     def install(*_: object, **__: object) -> None:
         raise Refusal("bundle-forbidden", "nothing is installed at run time")
 
-    for name, ours in zip(REPLACED, (check, loader, install), strict=True):
+    def nowhere(*_: object) -> Path:
+        return Path()  # where it would be unpacked
+
+    for name, ours in zip(REPLACED, (check, loader, install, nowhere), strict=True):
         setattr(runner, name, ours)
     from flwr.supernode.cli import flwr_clientapp
 
@@ -67,6 +71,7 @@ def _installed() -> Callable[..., Message]:
 
 def _refusing(refusal: Refusal) -> Callable[..., Message]:
     """Answer a message with the refusal, by way of log and journal."""
+    _installed()
     from polyclinic.client.app import answer
 
     def refuse(*_: object) -> Any:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from polyclinic.client.enrolment import read_kit
 from polyclinic.client.journal import note
-from polyclinic.client.launcher_folder import write_launcher
 from polyclinic.common.cli import QUIET
 from polyclinic.common.files import write_atomic
 from polyclinic.common.kit import Kit
+from polyclinic.common.launcher_folder import write_launcher
 from polyclinic.common.processes import Part, free_port, listens, processes, supervise
 from polyclinic.common.refusals import BadInput
 
@@ -30,10 +30,11 @@ def start(home: Path) -> None:
     """
     kit = _kit(home)
     node = _folder(home)
+    home.chmod(0o700)
     node.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not (node / "superexec.secret").exists():
         write_atomic(node / "superexec.secret", secrets.token_bytes(32), mode=0o600)
-    write_launcher(node / "bin")
+    write_launcher(node / "bin", "flwr-clientapp", "polyclinic.client.launcher")
     # Chosen once, so that a part that is started again is found where it was.
     sidecar, port = free_port(), free_port()
     note(home, "start")
@@ -103,7 +104,7 @@ def _sidecar(home: Path, port: int, gateway: str) -> Part:
 def _supernode(home: Path, port: int, sidecar: int) -> Part:
     keys, node = home.resolve() / "keys", _folder(home)
     argv = [
-        _program("flower-supernode"),
+        *(sys.executable, "-I", "-m", "polyclinic.client.supernode"),
         *("--superlink", f"localhost:{sidecar}"),
         *("--root-certificates", str(keys / "local.crt")),
         *("--auth-supernode-private-key", str(keys / "node.key")),

@@ -25,6 +25,7 @@ from polyclinic.common.generators.base import (
     load_trainable_state,
     trainable_state,
 )
+from polyclinic.common.generators.public import hash_state
 from polyclinic.common.plain_engine import PlainEngine
 from polyclinic.common.privacy.clipping import tau
 from polyclinic.common.privacy.random import KeyedRandom
@@ -34,7 +35,7 @@ from polyclinic.common.selftest import self_test
 from polyclinic.common.settings import Transport
 from polyclinic.common.study import CODE_VERSION
 from polyclinic.common.training import PrivateEngine, StepEngine, train
-from polyclinic.common.wire import ReplyFacts, RoundOrder, check_like, pack_reply, state_hash, unpack_residual
+from polyclinic.common.wire import ReplyFacts, RoundOrder, check_like, pack_reply, unpack_residual
 
 # Approvals whose self-test this process has passed: once at start-up is enough.
 _SELF_TESTED: set[tuple[str, str]] = set()
@@ -64,7 +65,7 @@ def answer_round(
         raise Refusal("bad-message", f"round {order.round}")
     transport = study.federation.transport
     state = decode(transport)
-    incoming = state_hash(state)
+    incoming = hash_state(state)
     with open_ledger(home) as ledger:
         stored = ledger.stored_reply(approval.id, order.round, incoming)
         if stored is not None:

@@ -134,6 +134,7 @@ def supervise(folder: Path, parts: Sequence[Callable[[], Part]], ready: str) -> 
     Raises:
         BadInput: Another supervisor works in this folder.
     """
+    os.umask(0o077)  # logs, updates and caches of whatever is started are for this user alone
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     stopping = threading.Event()
 

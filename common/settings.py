@@ -26,7 +26,9 @@ class DataSettings(Section):
 
     source: Literal["folder", "phantoms"] = Field("folder", description="folder with a CSV, or drawings")
     table: str = Field(
-        "images.csv", description="CSV in the data folder: image, caption, patient[, site, labels]"
+        "images.csv",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        description="CSV in the data folder: image, caption, patient[, site, labels]",
     )
     unit: Literal["patient", "image"] = Field(
         "patient", description="privacy unit; `image` only where the data has no patient ids"

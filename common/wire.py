@@ -26,7 +26,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from polyclinic.common.generators.base import Tensors
-from polyclinic.common.generators.public import hash_state
 from polyclinic.common.refusals import Refusal
 from polyclinic.common.settings import Transport
 
@@ -188,11 +187,6 @@ def unpack_residual(stored: bytes) -> Tensors:
     """Read what rounding lost in a stored reply; it never leaves the site."""
     parts, _ = _stored(stored)
     return {name.removeprefix(f"{RESIDUAL}/"): tensor for name, tensor in parts.get(RESIDUAL, {}).items()}
-
-
-def state_hash(state: Tensors) -> str:
-    """Name a state by its content."""
-    return hash_state(state)
 
 
 def rows_of(tensor: Tensor) -> int:

@@ -86,7 +86,6 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> None:
                 flat = {f"{site}/{n}": t for site, tap in checkpoint.taps.items() for n, t in tap.items()}
                 write_atomic(temporary / TAPS, save(flat))
             write_json_atomic(temporary / "record.json", json.loads(checkpoint.record.model_dump_json()))
-            temporary.chmod(0o755)
             temporary.rename(place)
             sync_folder(folder)
     finally:

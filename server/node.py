@@ -6,6 +6,7 @@ line with `--format json`: the Control API behind it moves with every release.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
@@ -21,6 +22,7 @@ from typing import Any
 
 from polyclinic.common.cli import QUIET
 from polyclinic.common.files import write_atomic, write_json_atomic
+from polyclinic.common.launcher_folder import write_launcher
 from polyclinic.common.processes import Part, free_port, listens, processes, supervise
 from polyclinic.common.refusals import BadInput
 from polyclinic.server.provisioning import enrolled
@@ -63,6 +65,7 @@ def start(home: Path, host: str, port: int) -> None:
     if not (home / "pki" / "link.crt").exists():
         raise BadInput(f"{home}: nothing is provisioned here; run `polyclinic-server provision STUDY` first")
     node = _folder(home)
+    home.chmod(0o700)
     node.mkdir(mode=0o700, parents=True, exist_ok=True)
     port = port or free_port()
     write_atomic(node / "gateway.port", str(port).encode())
@@ -83,20 +86,30 @@ def sync_sites(home: Path) -> dict[str, int]:
 
     Returns:
         Site name to node id. The key of a revoked or re-enrolled site is taken out: its node is refused
-        from now on.
+        from now on. So is any node that `nodes.json` does not know: a registration that was killed before
+        it was noted, which would keep its key from ever being registered again.
     """
-    keys = enrolled(home)
     path = _folder(home) / "nodes.json"
-    known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-    for site in [site for site, node in known.items() if keys.get(site) != node["key"]]:
-        flwr(home, "supernode", "unregister", str(known.pop(site)["id"]))
-        write_json_atomic(path, known)
-    for site in sorted(keys.keys() - known.keys()):
-        public = _folder(home) / "node.pub"
-        write_atomic(public, keys[site].encode())
-        answer = flwr(home, "supernode", "register", str(public), "--name", site)
-        known[site] = {"id": int(answer["node-id"]), "key": keys[site]}
-        write_json_atomic(path, known)
+    with (_folder(home) / "nodes.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # enroll, revoke, run and start may meet
+        keys = enrolled(home)
+        known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        known = {site: node for site, node in known.items() if keys.get(site) == node["key"]}
+        wanted, there = {str(node["id"]) for node in known.values()}, set()
+        for node in flwr(home, "supernode", "ls")["nodes"]:
+            if node["status"] == "unregistered":
+                continue
+            there.add(node["node-id"])
+            if node["node-id"] not in wanted:
+                flwr(home, "supernode", "unregister", node["node-id"])
+        known = {site: node for site, node in known.items() if str(node["id"]) in there}
+        write_json_atomic(path, known, mode=0o600)
+        for site in sorted(keys.keys() - known.keys()):
+            public = _folder(home) / "node.pub"
+            write_atomic(public, keys[site].encode())
+            answer = flwr(home, "supernode", "register", str(public), "--name", site)
+            known[site] = {"id": int(answer["node-id"]), "key": keys[site]}
+            write_json_atomic(path, known, mode=0o600)
     return {site: node["id"] for site, node in known.items()}
 
 
@@ -244,13 +257,14 @@ def _superlink(home: Path) -> Part:
 
 def _superexec(home: Path) -> Part:
     sync_sites(home)  # the SuperLink is up by now, the gateway is not: nobody came in between
+    launcher = write_launcher(_folder(home) / "bin", "flwr-serverapp", "polyclinic.server.launcher")
     argv = [
         _program("flower-superexec"),
         *("--runtime-api-address", f"localhost:{_link_port(home)}"),
         *("--root-certificates", str(home.resolve() / "pki" / "ca.crt")),
         *("--superexec-auth-secret-file", str(_folder(home) / "superexec.secret")),
     ]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    path = f"{launcher.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     return Part("superexec", argv, {**_environment(home), "PATH": path})
 
 

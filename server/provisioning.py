@@ -96,6 +96,7 @@ def provision(
     if isinstance(weights, dict) and set(sites) - set(weights):
         raise BadInput(f"{source}: federation.weights has no weight for {sorted(set(sites) - set(weights))}")
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    home.chmod(0o700)  # it may have been there
     resolved, files = resolve_study(home, study, reference)
     with locked(home):
         register = read_register(home)

@@ -21,12 +21,13 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 
 from polyclinic.common.generators.base import Tensors
+from polyclinic.common.generators.public import hash_state
 from polyclinic.common.privacy.tap import tap_like
 from polyclinic.common.progress import say
 from polyclinic.common.refusals import REASONS, Refusal, reason_of
 from polyclinic.common.settings import Transport
 from polyclinic.common.study import Resolved
-from polyclinic.common.wire import ReplyFacts, RoundOrder, order_records, state_hash
+from polyclinic.common.wire import ReplyFacts, RoundOrder, order_records
 from polyclinic.server.aggregation import advance
 from polyclinic.server.alarms import is_possible, round_alarms
 from polyclinic.server.checkpoints import (
@@ -212,7 +213,7 @@ def run_round(
     online = _wait_for_sites(link, names, resolved, number, expected)
     start = time.monotonic()
     board.phase("training", settings.deadline_s)
-    sent_hash = state_hash(as_sent(before.state, settings.transport))
+    sent_hash = hash_state(as_sent(before.state, settings.transport))
     order = RoundOrder(round=number, study_hash=resolved.hash)
     last = number == study.training.rounds
     opened = _Round(
@@ -251,7 +252,7 @@ def run_round(
         say(f"AUDIT ALARM, round {number}, {alarm}")
     record = RoundRecord(
         round=number,
-        state_hash=state_hash(before.state),
+        state_hash=hash_state(before.state),
         sent_hash=sent_hash,
         replied={site: asdict(opened.facts[site]) for site in sorted(opened.facts)},
         refused=opened.refused,

@@ -38,6 +38,11 @@ def read_folder(folder: Path, table: str = "images.csv", *, unit: str = "patient
         if column not in columns:
             hint = '; or set data.unit = "image" in the study' if column == "patient" else ""
             raise BadInput(f"{path}: column `{column}` is missing; add it to the header{hint}")
+    if unit == "image" and "patient" in columns:
+        raise BadInput(
+            f'{path}: has a column `patient`, but the study protects single images (data.unit = "image"), '
+            "which is less; ask for a study that protects patients, or take the column out if it names none"
+        )
     inside = folder.resolve()
     captions: dict[Path, list[str]] = {}
     first: dict[Path, tuple[int, dict[str, str]]] = {}

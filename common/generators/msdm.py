@@ -141,7 +141,9 @@ class Msdm:
             self.vae = AutoencoderKL.from_pretrained(vae, use_safetensors=True, low_cpu_mem_usage=False).to(
                 device
             )
-            self.tokenizer = AutoTokenizer.from_pretrained(text, model_max_length=settings.max_tokens)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                text, model_max_length=settings.max_tokens, trust_remote_code=False
+            )
             self.text_encoder = AutoModel.from_pretrained(
                 text, use_safetensors=True, trust_remote_code=False
             ).to(device)
@@ -155,7 +157,7 @@ class Msdm:
             vae_config = AutoencoderKL.load_config(vae)
             channels, self.scaling = int(vae_config["latent_channels"]), float(vae_config["scaling_factor"])
             vae_levels = len(vae_config["block_out_channels"])
-        width = int(AutoConfig.from_pretrained(text).hidden_size)
+        width = int(AutoConfig.from_pretrained(text, trust_remote_code=False).hidden_size)
         # On the meta device nothing is allocated, so that a model that does not fit can be counted; elsewhere
         # the start is drawn on the CPU and is the same for every device.
         place = torch.device("meta" if device == "meta" else "cpu")

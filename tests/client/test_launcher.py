@@ -21,10 +21,11 @@ from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 from flwr.supercore.superexec.executor import subprocess_executor
 from flwr.supercore.task_identity import TaskIdentity
 
-from polyclinic.client import bundle, launcher
-from polyclinic.client.bundle import check_bundle
+from polyclinic.client import launcher
 from polyclinic.client.journal_view import read_journal
-from polyclinic.client.launcher_folder import DENIED, LAUNCHER, write_launcher
+from polyclinic.common import bundle
+from polyclinic.common.bundle import check_bundle
+from polyclinic.common.launcher_folder import PROGRAMS, write_launcher
 from polyclinic.common.refusals import REASONS, Refusal
 
 ENTRY = 'clientapp = "polyclinic.client.app:app"'
@@ -90,18 +91,18 @@ def test_flower_still_calls_what_is_replaced() -> None:
 
 
 def test_every_command_that_flower_could_start_is_ours(tmp_path: Path) -> None:
-    assert {LAUNCHER, *DENIED} == set(TASK_TYPE_TO_COMMAND.values())
+    assert set(PROGRAMS) == set(TASK_TYPE_TO_COMMAND.values())
     source = inspect.getsource(subprocess_executor)
     assert "TASK_TYPE_TO_COMMAND[spec.task_type]," in source  # a bare name, so that PATH decides
-    ours = write_launcher(tmp_path / "bin")
-    assert {path.name for path in (tmp_path / "bin").iterdir()} == {LAUNCHER, *DENIED}
+    ours = write_launcher(tmp_path / "bin", "flwr-clientapp", "polyclinic.client.launcher")
+    assert {path.name for path in (tmp_path / "bin").iterdir()} == set(PROGRAMS)
     assert ours.stat().st_mode & 0o777 == 0o755
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    for command in DENIED:
+    for command in set(PROGRAMS) - {"flwr-clientapp"}:
         done = subprocess.run(
             [command, "--token", "t"], env={"PATH": path}, capture_output=True, text=True, check=False
         )
-        assert (done.returncode, "only its own ClientApp" in done.stderr) == (3, True)
+        assert (done.returncode, "only our own flwr-clientapp runs here" in done.stderr) == (3, True)
 
 
 @pytest.mark.parametrize("name", launcher.REPLACED)
@@ -236,7 +237,7 @@ def launch(tmp_path: Path, fab: bytes) -> list[Any]:
     home, out, driver = tmp_path / "home", tmp_path / "reply", tmp_path / "driver.py"
     home.mkdir()
     driver.write_text(DRIVER)
-    start = write_launcher(tmp_path / "bin")
+    start = write_launcher(tmp_path / "bin", "flwr-clientapp", "polyclinic.client.launcher")
     # The script's own command line, with our driver where it says which module to run.
     script = start.read_text()
     assert "-m polyclinic.client.launcher" in script
@@ -287,7 +288,7 @@ def test_the_script_itself_starts_isolated(tmp_path: Path) -> None:
     (tmp_path / "flwr.py").write_text(f"open({str(tmp_path / 'MARKER')!r}, 'w')\n")
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
     done = subprocess.run(
-        [str(write_launcher(tmp_path / "bin")), "--help"],
+        [str(write_launcher(tmp_path / "bin", "flwr-clientapp", "polyclinic.client.launcher")), "--help"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -11,13 +11,13 @@ from polyclinic.client import training
 from polyclinic.client.ledger import read_lines
 from polyclinic.client.training import answer_round
 from polyclinic.common.generators.base import Tensors
+from polyclinic.common.generators.public import hash_state
 from polyclinic.common.refusals import Refusal
 from polyclinic.common.wire import (
     order_records,
     pack_reply,
     read_order,
     reply_records,
-    state_hash,
     unpack_reply,
     unpack_residual,
 )
@@ -105,4 +105,4 @@ def test_the_ledger_names_the_state_that_the_server_names(make_site: Any) -> Non
     site.approve()
     ask(site, 1, "bf16")
     (reserved,) = [line for line in read_lines(site.home) if line["kind"] == "reserve"]
-    assert reserved["state"] == state_hash(as_sent(site.state, "bf16")) != state_hash(site.state)
+    assert reserved["state"] == hash_state(as_sent(site.state, "bf16")) != hash_state(site.state)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from polyclinic.common.generators.base import Tensors
+from polyclinic.common.generators.public import hash_state
 from polyclinic.common.refusals import Refusal
 from polyclinic.common.settings import Transport
 from polyclinic.common.wire import (
@@ -23,7 +24,6 @@ from polyclinic.common.wire import (
     pack_reply,
     read_order,
     reply_records,
-    state_hash,
     unpack_reply,
 )
 from polyclinic.server.replies import as_sent, open_reply, payload_bytes, read_reply
@@ -98,8 +98,8 @@ def test_both_sides_name_a_state_by_the_same_hash(transport: Transport) -> None:
     order, decode = read_order(order_records(ORDER, state(), transport))
     tensors = decode(transport)
     assert order == ORDER
-    assert state_hash(tensors) == state_hash(as_sent(state(), transport))
-    assert (state_hash(tensors) == state_hash(state())) == (transport == "fp32")
+    assert hash_state(tensors) == hash_state(as_sent(state(), transport))
+    assert (hash_state(tensors) == hash_state(state())) == (transport == "fp32")
     assert tensors["scale"].shape == ()
     # bf16 keeps 8 bits: an error of half a unit in the last place.
     for name, tensor in state().items():
@@ -382,9 +382,9 @@ def test_state_hash_sees_every_byte(flip: bytes, name: str) -> None:
     raw = bytearray(other[name].numpy().tobytes())
     raw[: len(flip)] = bytes(x ^ y for x, y in zip(raw, flip, strict=False))
     other[name] = torch.frombuffer(raw, dtype=torch.float32).reshape(one[name].shape)
-    assert (state_hash(one) == state_hash(other)) == (not any(flip))
+    assert (hash_state(one) == hash_state(other)) == (not any(flip))
     renamed = {"c" if key == "a" else key: tensor for key, tensor in state().items()}
-    assert state_hash(renamed) != state_hash(state())
+    assert hash_state(renamed) != hash_state(state())
 
 
 @pytest.mark.parametrize(("transport", "each"), [("fp32", 4), ("bf16", 2), ("int8", 1)])

@@ -13,9 +13,10 @@ from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 
 from polyclinic.common.generators.base import Tensors
+from polyclinic.common.generators.public import hash_state
 from polyclinic.common.refusals import REASONS
 from polyclinic.common.study import Resolved, parse_study
-from polyclinic.common.wire import ReplyFacts, pack_reply, read_order, reply_records, state_hash
+from polyclinic.common.wire import ReplyFacts, pack_reply, read_order, reply_records
 from polyclinic.server import rounds
 from polyclinic.server.checkpoints import Checkpoint, RoundRecord
 from polyclinic.server.progress_file import Board
@@ -58,7 +59,7 @@ def start_state() -> Tensors:
 
 def start() -> Checkpoint:
     state = start_state()
-    return Checkpoint(RoundRecord(round=0, state_hash=state_hash(state)), state, start_state())
+    return Checkpoint(RoundRecord(round=0, state_hash=hash_state(state)), state, start_state())
 
 
 def resolved(**federation: Any) -> Resolved:

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from safetensors.torch import save
 
 from polyclinic.common.generators.base import Tensors
-from polyclinic.common.wire import state_hash
+from polyclinic.common.generators.public import hash_state
 from polyclinic.server.checkpoints import Checkpoint, RoundRecord, save_checkpoint
 from polyclinic.server.replies import payload_bytes
 from polyclinic.server.rounds import run_rounds
@@ -50,7 +50,7 @@ def memory(field: str) -> int:
 def main(run_dir: Path, transport: str, rule: str) -> None:
     state: Tensors = {name: torch.randn(shape) for name, shape in SHAPES.items()}
     size = sum(tensor.numel() * 4 for tensor in state.values())
-    first = Checkpoint(RoundRecord(round=0, state_hash=state_hash(state)), state, state)
+    first = Checkpoint(RoundRecord(round=0, state_hash=hash_state(state)), state, state)
     save_checkpoint(run_dir, first)
     del state, first
     study = resolved(transport=transport, aggregation=rule, deadline_s=600.0)

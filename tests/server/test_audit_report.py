@@ -11,10 +11,11 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from polyclinic.common.generators.public import hash_state
 from polyclinic.common.privacy.tap import COINS, SUM, tap_like
 from polyclinic.common.refusals import BadInput, Refusal
 from polyclinic.common.study import Resolved, parse_study
-from polyclinic.common.wire import ReplyFacts, pack_reply, read_order, reply_records, state_hash
+from polyclinic.common.wire import ReplyFacts, pack_reply, read_order, reply_records
 from polyclinic.server.checkpoints import (
     Checkpoint,
     RoundRecord,
@@ -84,7 +85,7 @@ def test_taps_are_kept_beside_the_state_and_never_in_it(
 
     _identify(1)
     grid = InProcessGrid([Path("/sites") / name for name in sites], app)
-    record = RoundRecord(round=0, state_hash=state_hash(start))
+    record = RoundRecord(round=0, state_hash=hash_state(start))
     save_checkpoint(tmp_path, Checkpoint(record, start, start))
     run_rounds(grid, resolved, tmp_path, names=lambda _: {2: "good", 3: "quiet/ward"})
     assert "AUDIT ALARM, round 1, quiet/ward: noise measured 0.2" in capsys.readouterr().err

@@ -15,8 +15,9 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from safetensors.torch import load_file
 
+from polyclinic.common.generators.public import hash_state
 from polyclinic.common.refusals import BadInput, Refusal
-from polyclinic.common.wire import pack_reply, read_order, reply_records, state_hash
+from polyclinic.common.wire import pack_reply, read_order, reply_records
 from polyclinic.server.checkpoints import (
     Checkpoint,
     RoundRecord,
@@ -53,7 +54,7 @@ def test_the_state_moves_by_the_mean_difference(tmp_path: Path) -> None:
     assert sorted(after.record.replied) == ["x", "y"]
     assert after.record.replied["x"]["epsilon"] == 1.5
     assert after.record.bytes_up > 2 * 7 * 2
-    assert after.record.state_hash == state_hash(after.state)
+    assert after.record.state_hash == hash_state(after.state)
 
 
 @pytest.mark.parametrize("transport", ["bf16", "fp32", "int8"])
@@ -63,12 +64,12 @@ def test_the_server_keeps_fp32_whatever_travels(tmp_path: Path, transport: Any) 
 
     def still(message: Message) -> Message:
         state = read_order(message.content)[1](transport)
-        seen.add(state_hash(state))
+        seen.add(hash_state(state))
         difference = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
         return Message(reply_records(pack_reply(difference, FACTS, transport=transport)), reply_to=message)
 
     fine = {"a": torch.full((3,), 0.1), "b": torch.full((2, 2), 1e-3)}
-    save_checkpoint(tmp_path, Checkpoint(RoundRecord(round=0, state_hash=state_hash(fine)), fine, fine))
+    save_checkpoint(tmp_path, Checkpoint(RoundRecord(round=0, state_hash=hash_state(fine)), fine, fine))
     run_rounds(Sites({"x": still, "y": still}), resolved(transport=transport), tmp_path)
     after = load_checkpoint(tmp_path, 3)
     assert all(torch.equal(after.state[name], tensor) for name, tensor in fine.items())
@@ -185,7 +186,7 @@ def test_a_full_disk_ends_the_round_and_loses_nothing(tmp_path: Path) -> None:
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small disk needs root with the right to mount")
     large = {"a": torch.zeros(100_000)}
-    save_checkpoint(tmp_path, Checkpoint(RoundRecord(round=0, state_hash=state_hash(large)), large, large))
+    save_checkpoint(tmp_path, Checkpoint(RoundRecord(round=0, state_hash=hash_state(large)), large, large))
     grid = Sites({"x": moves_by(1.0), "y": moves_by(1.0)})
     try:
         with pytest.raises(BadInput, match=r"spool/round-0001/x\.safetensors.*free space"):
@@ -239,7 +240,7 @@ def test_a_checkpoint_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     state = {"z": torch.randn(3, 4), "a": torch.tensor(0.3), "m": torch.randn(2_000_001)}
     save_checkpoint(tmp_path, Checkpoint(RoundRecord(round=0, state_hash="x"), state, state))
     read = load_file(tmp_path / "checkpoints" / "round-0000" / "average.safetensors")
-    assert state_hash(read) == state_hash(state)
+    assert hash_state(read) == hash_state(state)
 
 
 def test_a_private_reply_survives_the_record(tmp_path: Path) -> None:

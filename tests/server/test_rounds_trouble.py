@@ -17,8 +17,9 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import RunNotRunningException
 
 from polyclinic.common.generators.base import Tensors
+from polyclinic.common.generators.public import hash_state
 from polyclinic.common.refusals import REASONS, Refusal
-from polyclinic.common.wire import pack_reply, reply_records, state_hash
+from polyclinic.common.wire import pack_reply, reply_records
 from polyclinic.server import rounds
 from polyclinic.server.progress_file import read_progress
 from tests.server.rounds_home import (
@@ -94,7 +95,7 @@ def test_a_site_is_asked_again_when_the_way_to_it_broke(tmp_path: Path, code: in
     first, _, last = (message for site, message in grid.asked if site == "y")
     assert last.metadata.ttl < first.metadata.ttl
     # The same question: the site recognises it, and answers from its store if it has answered.
-    assert state_hash(decoded(last)) == state_hash(decoded(first))
+    assert hash_state(decoded(last)) == hash_state(decoded(first))
 
 
 def test_flowers_error_codes_are_those_we_ask_again_for() -> None:

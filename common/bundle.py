@@ -23,7 +23,11 @@ RUN_CONFIG = {"run"}
 _PROJECT = {"name", "version", "description", "license", "readme", "dependencies"}
 _APP = {"publisher", "fab-include", "fab-format-version", "components", "config"}
 _OURS = re.compile(r"(polyclinic|flwr)(\[[a-z,]*\])?\s*([<>=!~][^@;]*)?")
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, RuntimeError, EOFError, OSError)
+# A stranger's zip and TOML can be wrong in every way that Python knows.
+_UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, ValueError, RuntimeError, EOFError, OSError),
+    *(LookupError, TypeError, AttributeError, MemoryError),
+)
 
 
 def check_bundle(bundle: bytes) -> None:

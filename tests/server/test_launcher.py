@@ -1,0 +1,35 @@
+"""The coordinator's launcher: no bundle's code, whoever started the run."""
+
+import ast
+import inspect
+import textwrap
+from importlib import import_module
+
+import pytest
+
+from polyclinic.server import launcher
+
+
+def test_flower_still_calls_what_we_replace() -> None:
+    runner = import_module(launcher.RUNNER)
+    source = textwrap.dedent(inspect.getsource(runner.run_serverapp))
+    calls = {
+        node.func.id: node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert set(launcher.REPLACED) <= calls.keys()
+    # Nothing takes the bundle but our check, and a reader of its metadata in memory.
+    takers = {ast.unparse(c.func) for c in calls.values() if "fab.content" in ast.unparse(c)}
+    assert takers == {"install_from_fab", "get_fab_metadata"}
+    # What is loaded is what our configuration names; the folder is only a place to look first.
+    assert 'config["tool"]["flwr"]["app"]["components"]["serverapp"]' in source
+    assert "get_fused_config_from_dir(\n            Path(app_path), run.override_config" in source
+    assert "server_app_attr=server_app_attr" in source
+
+
+@pytest.mark.parametrize("name", launcher.REPLACED)
+def test_another_flower_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delattr(import_module(launcher.RUNNER), name)
+    with pytest.raises(SystemExit, match=f"does not call {name}"):
+        launcher.main()
