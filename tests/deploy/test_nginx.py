@@ -41,9 +41,13 @@ class Door:
         return True
 
     def knocks(self) -> bool:
+        return self.says("clinic-a", None)
+
+    def says(self, site: str, status: int | None) -> bool:
+        """Tell whether this is the answer, or any; nginx resets a connection now and then as it reloads."""
         try:
-            return bool(self.ask("clinic-a"))
-        except ConnectionRefusedError:
+            return self.ask(site) == status or status is None
+        except OSError:
             return False
 
     def ask(self, site: str) -> int:
@@ -94,10 +98,10 @@ def test_the_example_is_what_the_renderer_writes(tmp_path: Path) -> None:
 def test_sites_come_and_go_without_a_restart_and_a_stop_is_a_stop(door: Door) -> None:
     assert (door.ask("clinic-a"), door.ask("clinic-b")) == (200, 200)
     door.made.admit("clinic-a")
-    wait_for(lambda: door.ask("clinic-b") == 403, "the revoked site is refused")
-    assert door.ask("clinic-a") == 200
+    wait_for(lambda: door.says("clinic-b", 403), "the revoked site is refused")
+    wait_for(lambda: door.says("clinic-a", 200), "the other site is not")
     door.made.admit("clinic-a", "clinic-b")
-    wait_for(lambda: door.ask("clinic-b") == 200, "the site is back")
+    wait_for(lambda: door.says("clinic-b", 200), "the site is back")
     assert (door.folder / "nginx.conf").stat().st_mode & 0o077 == 0
     door.process.send_signal(signal.SIGTERM)
     assert door.process.wait(10) == 0

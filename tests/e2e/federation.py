@@ -15,11 +15,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from polyclinic.client.journal_view import read_journal
 from polyclinic.common.processes import free_port, processes
+
+T = TypeVar("T")
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "nih-chest-xray"
 SITES = ("clinic-a", "clinic-b")
@@ -70,6 +74,12 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120.0) ->
         time.sleep(0.2)
 
 
+def at_once(work: Callable[[str], T], sites: tuple[str, ...]) -> list[T]:
+    """Do the same at every site at the same time, as their people would."""
+    with ThreadPoolExecutor(len(sites)) as pool:
+        return list(pool.map(work, sites))
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -79,15 +89,15 @@ def command(room: str, *arguments: object) -> list[str]:
 
 
 def call(
-    room: str, *arguments: object, code: int = 0, typed: str = "", seconds: float = 300
+    room: str, *arguments: object, code: int = 0, typed: str = "", seconds: float = 300, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run one of our commands to its end and check its exit code."""
+    """Run one of our commands to its end, with more in its environment, and check its exit code."""
     done = subprocess.run(
         command(room, *arguments),
         capture_output=True,
         text=True,
         timeout=seconds,
-        env=environment(),
+        env=environment() | more,
         input=typed,
         check=False,
     )
@@ -199,8 +209,8 @@ class Federation:
 
     # -- processes -------------------------------------------------------------------------------
 
-    def start(self, who: str) -> None:
-        """Start the coordinator (`server`) or a site, and wait until it is up."""
+    def start(self, who: str, *, wait: bool = True, **more: str) -> None:
+        """Start the coordinator (`server`) or a site, with more in its environment, until it is up."""
         if who == "server":
             line = command(
                 "server", "start", "--host", "127.0.0.1", "--port", self.port, "--home", self.server
@@ -208,8 +218,9 @@ class Federation:
         else:
             line = command("client", "start", "--home", self.home(who))
         log = (self.root / f"{who}.start.log").open("ab")
-        self.started[who] = subprocess.Popen(line, stderr=log, stdout=log, env=environment())
-        wait_for(lambda: len(self.parts(who)) == 3, f"{who} is up")
+        self.started[who] = subprocess.Popen(line, stderr=log, stdout=log, env=environment() | more)
+        if wait:
+            wait_for(lambda: len(self.parts(who)) == 3, f"{who} is up")
 
     def stop(self, who: str, number: int = signal.SIGTERM) -> None:
         """Stop a supervisor, politely unless told otherwise."""
@@ -232,7 +243,7 @@ class Federation:
     def task(self, site: str) -> int:
         """Process number of a site's ClientApp (or, for `server`, the ServerApp), 0 where none runs."""
         home = str((self.server if site == "server" else self.home(site)).resolve())
-        program = b"flwr-serverapp" if site == "server" else b"polyclinic.client.launcher"
+        program = f"polyclinic.{'server' if site == 'server' else 'client'}.launcher".encode()
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 line = (folder / "cmdline").read_bytes()
@@ -275,3 +286,27 @@ class Federation:
         """Lines of one kind in a site's ledger."""
         lines = (self.home(site) / "ledger.jsonl").read_text().splitlines()
         return [line for line in map(json.loads, lines) if line["kind"] == kind]
+
+    def lines(self, site: str, study: Path, kind: str) -> list[dict[str, Any]]:
+        """Lines of one kind that belong to a site's approval of a study."""
+        (path,) = (self.home(site) / "approvals").glob(f"{self.run_dir(study).name.rpartition('-')[2]}*.json")
+        approval = json.loads(path.read_text())["id"]
+        return [line for line in self.ledger(site, kind) if line["approval"] == approval]
+
+    def journal(self, site: str, kind: str) -> list[dict[str, Any]]:
+        """Lines of one kind in a site's journal."""
+        return [line for line in read_journal(self.home(site))[0] if line["kind"] == kind]
+
+    def progress(self, study: Path) -> dict[str, Any]:
+        """Where a run stands; empty before its ServerApp said anything."""
+        path = self.run_dir(study) / "progress.json"
+        try:
+            progress: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError:
+            return {}
+        return progress
+
+    def released(self, study: Path) -> int:
+        """The last round that has a checkpoint."""
+        folder = self.run_dir(study) / "checkpoints"
+        return max((int(path.name[-4:]) for path in folder.glob("round-*")), default=-1)
