@@ -39,6 +39,22 @@ def round_alarms(
             yield f"{site}: {alarm}"
 
 
+def misfit(facts: ReplyFacts, resolved: Resolved, number: int) -> str:
+    """Name a fact that is not this round's or this study's; empty where all are, as far as these fix them."""
+    study = resolved.study
+    expected: dict[str, object] = {
+        "round": number,
+        "study_hash": resolved.hash,
+        "base_hash": resolved.base_hash,
+        "code_version": resolved.code_version,
+        "steps": study.training.steps_per_round,
+        "sampling_rate": study.privacy.sampling_rate,
+        "delta": study.privacy.delta,
+        "clip": study.privacy.clip if study.privacy.enabled else math.inf,
+    }
+    return next((name for name, value in expected.items() if getattr(facts, name) != value), "")
+
+
 def is_possible(facts: ReplyFacts) -> bool:
     """Tell whether a private mechanism can have these parameters, so that it can be audited."""
     return 0 < facts.sigma < math.inf and 0 < facts.divisor < math.inf and facts.tau >= 0 <= facts.epsilon

@@ -29,7 +29,7 @@ from polyclinic.common.settings import Transport
 from polyclinic.common.study import Resolved
 from polyclinic.common.wire import ReplyFacts, RoundOrder, order_records
 from polyclinic.server.aggregation import advance
-from polyclinic.server.alarms import is_possible, round_alarms
+from polyclinic.server.alarms import is_possible, misfit, round_alarms
 from polyclinic.server.checkpoints import (
     Checkpoint,
     RoundRecord,
@@ -365,6 +365,8 @@ def _take(opened: _Round, reply: Message) -> bool:
     path = spool_path(opened.board.run_dir, opened.number, site)
     try:
         incoming = _open(reply, opened.like, opened.tap, opened.resolved.study.federation.transport)
+        if wrong := misfit(incoming.facts, opened.resolved, opened.number):
+            raise Refusal("bad-message", f"its {wrong} is not this round's")
         spooled = write_tensors(path, incoming.difference, opened.like)
         if spooled.norm > opened.longest:
             path.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.generators.public import hash_state
 from polyclinic.common.refusals import REASONS
-from polyclinic.common.study import Resolved, parse_study
+from polyclinic.common.study import CODE_VERSION, Resolved, parse_study
 from polyclinic.common.wire import ReplyFacts, pack_reply, read_order, reply_records
 from polyclinic.server import rounds
 from polyclinic.server.checkpoints import Checkpoint, RoundRecord
@@ -31,20 +32,26 @@ FACTS = ReplyFacts(
     round=1,
     sigma=1.0,
     sampling_rate=0.1,
-    steps=1,
+    steps=20,
     clip=1.0,
     divisor=5.0,
     tau=1e-4,
     epsilon=1.5,
     delta=1e-5,
-    code_version="x",
-    base_hash="x",
+    code_version=CODE_VERSION,
+    base_hash="b",
     study_hash="x",
     approval="x",
     ledger_sequence=1,
     ledger_hash="x",
     flops=1.0,
 )
+
+
+def facts_for(message: Message, **changes: Any) -> ReplyFacts:
+    """Facts that fit what a message asks for."""
+    order, _ = read_order(message.content)
+    return dataclasses.replace(FACTS, round=order.round, study_hash=order.study_hash, **changes)
 
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +91,7 @@ def decoded(message: Message) -> Tensors:
 def moves_by(amount: float) -> Answer:
     def answer(message: Message) -> Message:
         difference = {name: torch.full_like(tensor, amount) for name, tensor in decoded(message).items()}
-        return Message(reply_records(pack_reply(difference, FACTS)), reply_to=message)
+        return Message(reply_records(pack_reply(difference, facts_for(message))), reply_to=message)
 
     return answer
 
@@ -98,7 +105,7 @@ refuses = fails(REASONS["budget-exhausted"].code)
 
 def sends_other_shapes(message: Message) -> Message:
     difference = {"a": torch.zeros(4), "b": torch.ones(2, 2)}
-    return Message(reply_records(pack_reply(difference, FACTS)), reply_to=message)
+    return Message(reply_records(pack_reply(difference, facts_for(message))), reply_to=message)
 
 
 def in_turn(*answers: Answer) -> Answer:

@@ -20,7 +20,7 @@ from polyclinic.server.replies import payload_bytes
 from polyclinic.server.rounds import run_rounds
 from polyclinic.simulation.grid import InProcessGrid, _identify
 from tests.common.wire_files import file_of, raw
-from tests.server.rounds_home import FACTS, resolved
+from tests.server.rounds_home import facts_for, resolved
 
 SITES = 16
 SHAPES = {f"layer{i:02d}": (1024, 1024) for i in range(12)}
@@ -32,7 +32,7 @@ class Fast(InProcessGrid):  # type: ignore[misc]
     file, tensor_hash, bytes_of_reply = Path(), "", 0
 
     def _answer(self, message: Message) -> Message:
-        facts = ConfigRecord(dataclasses.asdict(FACTS))
+        facts = ConfigRecord(dataclasses.asdict(facts_for(message)))
         hashes = ConfigRecord(dict.fromkeys(SHAPES, self.tensor_hash))
         difference = file_of(self.file.read_bytes())
         content = RecordDict({"difference": difference, "facts": facts, "hashes": hashes})

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from polyclinic.common.generators.public import hash_state
 from polyclinic.common.privacy.tap import COINS, SUM, tap_like
 from polyclinic.common.refusals import BadInput, Refusal
-from polyclinic.common.study import Resolved, parse_study
+from polyclinic.common.study import CODE_VERSION, Resolved, parse_study
 from polyclinic.common.wire import ReplyFacts, pack_reply, read_order, reply_records
 from polyclinic.server.checkpoints import (
     Checkpoint,
@@ -43,8 +43,8 @@ FACTS = ReplyFacts(
     tau=CLAIM.tau,
     epsilon=CLAIM.epsilon,
     delta=CLAIM.delta,
-    code_version="x",
-    base_hash="x",
+    code_version=CODE_VERSION,
+    base_hash="b",
     study_hash="x",
     approval="x",
     ledger_sequence=1,
@@ -61,7 +61,12 @@ def test_taps_are_kept_beside_the_state_and_never_in_it(
         {
             "name": "tapped",
             "evaluation": {"prompts": [{"text": "a"}]},
-            "privacy": {"canaries": 500, "clip": CLAIM.clip, "sampling_rate": CLAIM.rate},
+            "privacy": {
+                "canaries": 500,
+                "clip": CLAIM.clip,
+                "sampling_rate": CLAIM.rate,
+                "delta": CLAIM.delta,
+            },
             "training": {"rounds": 2, "steps_per_round": CLAIM.steps, "learning_rate": 1.0},
             "federation": {"grace_s": 0.0, "deadline_s": 5.0},
         },
@@ -80,7 +85,8 @@ def test_taps_are_kept_beside_the_state_and_never_in_it(
         state = decode("bf16")
         taps, coins = drawn[str(context.node_config["home"]).removeprefix("/sites/")]
         tap = {SUM: taps[0, order.round - 1]} | ({COINS: coins[0].float()} if order.round == 2 else {})
-        reply = pack_reply({name: torch.ones_like(t) for name, t in state.items()}, FACTS, tap)
+        facts = replace(FACTS, round=order.round, study_hash=order.study_hash)
+        reply = pack_reply({name: torch.ones_like(t) for name, t in state.items()}, facts, tap)
         return Message(reply_records(reply), reply_to=message)
 
     _identify(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,9 @@ from polyclinic.server.checkpoints import (
 from polyclinic.server.progress_file import read_progress
 from polyclinic.server.rounds import run_rounds
 from tests.server.rounds_home import (
-    FACTS,
     Sites,
     decoded,
+    facts_for,
     hurry,
     moves_by,
     resolved,
@@ -42,7 +41,7 @@ def test_progress_says_where_a_run_stands(tmp_path: Path) -> None:
 
     def no_end(message: Message) -> Message:
         difference = {name: torch.ones_like(tensor) for name, tensor in decoded(message).items()}
-        facts = dataclasses.replace(FACTS, epsilon=float("inf"))
+        facts = facts_for(message, epsilon=float("inf"))
         return Message(reply_records(pack_reply(difference, facts)), reply_to=message)
 
     assert read_progress(tmp_path) is None

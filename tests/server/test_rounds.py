@@ -31,6 +31,7 @@ from polyclinic.server.spool import spool_path
 from tests.server.rounds_home import (
     FACTS,
     Sites,
+    facts_for,
     fails,
     hurry,
     moves_by,
@@ -66,7 +67,9 @@ def test_the_server_keeps_fp32_whatever_travels(tmp_path: Path, transport: Any) 
         state = read_order(message.content)[1](transport)
         seen.add(hash_state(state))
         difference = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-        return Message(reply_records(pack_reply(difference, FACTS, transport=transport)), reply_to=message)
+        return Message(
+            reply_records(pack_reply(difference, facts_for(message), transport=transport)), reply_to=message
+        )
 
     fine = {"a": torch.full((3,), 0.1), "b": torch.full((2, 2), 1e-3)}
     save_checkpoint(tmp_path, Checkpoint(RoundRecord(round=0, state_hash=hash_state(fine)), fine, fine))
@@ -85,7 +88,11 @@ def test_refusals_and_nonsense_are_recorded_by_site_and_code(tmp_path: Path) -> 
 
     def invents_names(message: Message) -> Message:
         difference = {**start_state(), "<b>\n" + 1000 * "é": torch.zeros(1)}
-        return Message(reply_records(pack_reply(difference, FACTS)), reply_to=message)
+        return Message(reply_records(pack_reply(difference, facts_for(message))), reply_to=message)
+
+    def of_another_study(message: Message) -> Message:
+        facts = dataclasses.replace(facts_for(message), study_hash="c" * 64)
+        return Message(reply_records(pack_reply(start_state(), facts)), reply_to=message)
 
     grid = Sites(
         {
@@ -98,6 +105,7 @@ def test_refusals_and_nonsense_are_recorded_by_site_and_code(tmp_path: Path) -> 
             "huge": moves_by(1e3),
             "changed": lies_about_a_hash,
             "names": invents_names,
+            "other": of_another_study,
         }
     )
     after = one_round(tmp_path, grid)
@@ -114,9 +122,10 @@ def test_refusals_and_nonsense_are_recorded_by_site_and_code(tmp_path: Path) -> 
         "nan": "1012 bad-state: a is not finite",
         "shape": "1012 bad-state: a is BF16(4,)",
         "changed": "1051 hash-mismatch: b",
+        "other": "1011 bad-message: its study_hash is not this round's",
     }
     assert "private" not in record.model_dump_json()
-    assert set(record.refusals) == {"spent", "broken", "nan", "shape", "changed"}
+    assert set(record.refusals) == {"spent", "broken", "nan", "shape", "changed", "other"}
     progress = read_progress(tmp_path)
     assert progress is not None
     assert progress.sites["spent"] == "refused: 1003 budget-exhausted"

@@ -23,9 +23,9 @@ from polyclinic.common.wire import pack_reply, reply_records
 from polyclinic.server import rounds
 from polyclinic.server.progress_file import read_progress
 from tests.server.rounds_home import (
-    FACTS,
     Sites,
     decoded,
+    facts_for,
     fails,
     hurry,
     in_turn,
@@ -209,7 +209,7 @@ def test_neither_order_nor_disturbance_changes_a_bit_of_the_model(tmp_path: Path
                 name: torch.linspace(amount, 1.0, tensor.numel()).reshape(tensor.shape) / 3
                 for name, tensor in decoded(message).items()
             }
-            return Message(reply_records(pack_reply(difference, FACTS)), reply_to=message)
+            return Message(reply_records(pack_reply(difference, facts_for(message))), reply_to=message)
 
         return answer
 
