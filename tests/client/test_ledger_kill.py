@@ -176,7 +176,7 @@ def real(tmp_path: Path, tiny_vae: Path, make_site: Any) -> Real:
     return answer, fresh
 
 
-@pytest.mark.parametrize("instants", [12, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("instants", [40, pytest.param(200, marks=pytest.mark.long)])
 def test_killed_at_random_instants_of_a_real_round(real: Real, instants: int) -> None:
     answer, fresh = real
     where = kill_again_and_again(answer, fresh, instants)
