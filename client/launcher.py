@@ -20,8 +20,9 @@ from polyclinic.common.bundle import check_bundle
 from polyclinic.common.refusals import Refusal
 
 RUNNER = "flwr.supernode.runtime.run_clientapp"
-# What is replaced in the runner: unpacking, loading, installing.
-REPLACED = ("install_from_fab", "get_load_client_app_fn", "install_app_dependencies", "get_project_dir")
+# What is replaced in the runner: unpacking, loading, installing, where to, dying with the superexec.
+_UNPACKING = ("install_from_fab", "get_load_client_app_fn", "install_app_dependencies", "get_project_dir")
+REPLACED = (*_UNPACKING, "start_parent_process_monitor")
 
 
 def main() -> None:
@@ -46,9 +47,9 @@ def main() -> None:
         raise Refusal("bundle-forbidden", "nothing is installed at run time")
 
     def nowhere(*_: object) -> Path:
-        return Path()  # where it would be unpacked
+        return Path()
 
-    for name, ours in zip(REPLACED, (check, loader, install, nowhere), strict=True):
+    for name, ours in zip(REPLACED, (check, loader, install, nowhere, nowhere), strict=True):
         setattr(runner, name, ours)
     from flwr.supernode.cli import flwr_clientapp
 

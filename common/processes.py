@@ -31,7 +31,7 @@ from polyclinic.common.refusals import BadInput
 POLL_S = 0.2
 READY_S = 60.0  # a part that is not ready by then is started again
 CALM_S = 60.0  # a part that ran this long is restarted at once when it dies
-LONGEST_PAUSE_S = 30.0
+LONGEST_PAUSE_S = 5.0
 STOP_S = 10.0  # between a polite stop and a kill
 LOG_BYTES, LOG_FILES = 10 * 2**20, 5
 STATE = "processes.json"
@@ -212,14 +212,13 @@ def _record(folder: Path, running: list[Running]) -> None:
 
 
 def _stop(running: list[Running]) -> None:
+    # One after the other, the last first: a part may want to sign off by way of one that came before it.
     for one in reversed(running):
         one.stop(signal.SIGTERM)
-    end = time.monotonic() + STOP_S
-    while time.monotonic() < end and any(_alive(-group) for one in running for group in one.groups):
-        for one in running:
+        end = time.monotonic() + STOP_S
+        while time.monotonic() < end and any(_alive(-group) for group in one.groups):
             one.process.poll()
-        time.sleep(POLL_S)
-    for one in running:
+            time.sleep(POLL_S)
         one.stop(signal.SIGKILL)
         one.process.wait()
 

@@ -27,6 +27,7 @@ from polyclinic.server.summary import cost_rows, summarise
 
 POLL_S = 1.0
 ASK_S = 15.0  # Flower's command line costs a second of a core: the run's own progress file is read instead
+AWAY = 4  # so often in a row the SuperLink may not answer
 
 
 def run_study(home: Path, study: Study, reference: Reference, *, resume: bool, detach: bool) -> Path:
@@ -109,7 +110,7 @@ def _not_provisioned(home: Path, resolved: Resolved) -> str:
 def follow(home: Path, run_dir: Path, attempt: int, judge: Judge) -> None:
     """Show an attempt until it ends, and judge its checkpoints as they come."""
     total = judge.study.training.rounds
-    shown, asked = "", time.monotonic()
+    shown, asked, away = "", time.monotonic(), 0
     with track(run_dir.name, total) as advance:
         advance(rounds_done(run_dir)[-1])
         done = rounds_done(run_dir)[-1]
@@ -128,7 +129,13 @@ def follow(home: Path, run_dir: Path, attempt: int, judge: Judge) -> None:
             over = progress is not None and progress.phase.startswith(("finished", "failed"))
             if not over and time.monotonic() - asked > ASK_S:
                 asked = time.monotonic()
-                over = str(node.attempt(home, attempt)["status"]).startswith("finished")
+                try:
+                    over, away = str(node.attempt(home, attempt)["status"]).startswith("finished"), 0
+                except BadInput as error:  # the SuperLink is being started again: the run outlives that
+                    away += 1
+                    if away > AWAY:
+                        raise
+                    say(str(error))
             if over:
                 return
             time.sleep(POLL_S)

@@ -16,10 +16,11 @@ from polyclinic.common.bundle import check_bundle
 
 RUNNER = "flwr.superlink.runtime.run_serverapp"
 SERVER_APP = "polyclinic.server.app:app"
-# What is replaced in the runner: unpacking, where to, the unpacked configuration, installing.
+# What is replaced in the runner: unpacking, where to, the unpacked configuration, installing, and dying
+# with the superexec: a run is not lost with what started it.
 REPLACED = (
     *("install_from_fab", "get_project_dir", "get_project_config", "get_fused_config_from_dir"),
-    "install_app_dependencies",
+    *("install_app_dependencies", "start_parent_process_monitor"),
 )
 
 
@@ -46,7 +47,7 @@ def main() -> None:
     def install(*_: object, **__: object) -> None:
         raise RuntimeError("nothing is installed at run time")
 
-    for name, ours in zip(REPLACED, (check, nowhere, config, fused, install), strict=True):
+    for name, ours in zip(REPLACED, (check, nowhere, config, fused, install, nowhere), strict=True):
         setattr(runner, name, ours)
     from flwr.superlink.cli import flwr_serverapp
 

@@ -192,6 +192,7 @@ class Federation:
         )
         answer = self.root / f"certificate-{site}.json"
         request = self.home(site) / f"request-{site}.json"
+        shutil.copy(request, self.root)  # the letter; the site's own goes when the certificate comes
         call("server", "enroll", request, "--out", answer, "--home", self.server)
         call("client", "certificate", answer, "--home", self.home(site))
 
