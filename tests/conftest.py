@@ -20,6 +20,7 @@ from polyclinic.common.generators.public import hash_base, resolve
 from polyclinic.common.settings import GeneratorSettings
 from polyclinic.common.study import Resolved, Study, parse_study
 from polyclinic.common.wire import RoundOrder
+from tests.server.joining import Joining, copied, prepare
 
 # Never the network, in any test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -171,3 +172,15 @@ def make_site(tmp_path: Path, tiny_vae: Path, drawn: list[Record], make_study: M
         return Site(home, resolved, drawn, tiny_vae, state)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def provisioned(tmp_path_factory: pytest.TempPathFactory, tiny_vae: Path, drawn: list[Record]) -> Joining:
+    """A coordinator with kits for a and b; copied for each test."""
+    return prepare(tmp_path_factory.mktemp("joining"), tiny_vae, drawn, "a", "b")
+
+
+@pytest.fixture
+def made(provisioned: Joining, tmp_path: Path) -> Joining:
+    """Kits for a and b, and nobody enrolled."""
+    return copied(provisioned, tmp_path / "j")

@@ -19,22 +19,10 @@ from polyclinic.common.certificates import (
     load_key,
     sign_client,
 )
-from polyclinic.common.data.table import Record
 from polyclinic.common.kit import Answer, Kit
 from polyclinic.common.refusals import BadInput, Refusal
 from polyclinic.server.provisioning import reissue
-from tests.server.joining import Joining, check_keys, copied, prepare
-
-
-@pytest.fixture(scope="module")
-def provisioned(tmp_path_factory: pytest.TempPathFactory, tiny_vae: Path, drawn: list[Record]) -> Joining:
-    return prepare(tmp_path_factory.mktemp("joining"), tiny_vae, drawn, "a", "b")
-
-
-@pytest.fixture
-def made(provisioned: Joining, tmp_path: Path) -> Joining:
-    """Kits for a and b, and nobody enrolled."""
-    return copied(provisioned, tmp_path / "j")
+from tests.server.joining import Joining, check_keys
 
 
 def edit(path: Path, **changes: Any) -> None:

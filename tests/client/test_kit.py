@@ -10,22 +10,10 @@ from typing import Any
 import pytest
 
 from polyclinic.client.binding import site_base
-from polyclinic.common.data.table import Record
 from polyclinic.common.files import sha256_folder
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Resolved
-from tests.server.joining import Joining, copied, prepare
-
-
-@pytest.fixture(scope="module")
-def provisioned(tmp_path_factory: pytest.TempPathFactory, tiny_vae: Path, drawn: list[Record]) -> Joining:
-    return prepare(tmp_path_factory.mktemp("joining"), tiny_vae, drawn, "a", "b")
-
-
-@pytest.fixture
-def made(provisioned: Joining, tmp_path: Path) -> Joining:
-    """Kits for a and b, and nobody enrolled."""
-    return copied(provisioned, tmp_path / "j")
+from tests.server.joining import Joining
 
 
 def edit(path: Path, **changes: Any) -> None:

@@ -126,3 +126,8 @@ def check_keys(made: Joining, name: str = "a") -> None:
     ca = load_certificate(made.home / "pki" / "ca.crt")
     assert client_fault(load_certificate(keys / "tls.crt"), ca, name, tls, node) is None
     assert key_sha256(parse_node_key((keys / "node.pub").read_text(), "node.pub")) == key_sha256(node)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, to see that nothing changed."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,29 +18,13 @@ from polyclinic.common.certificates import (
     new_key,
     sign_client,
 )
-from polyclinic.common.data.table import Record
 from polyclinic.common.kit import Kit, Request
 from polyclinic.common.node_keys import node_key_header, node_key_text, node_signature, parse_node_key
 from polyclinic.common.refusals import BadInput, Refusal
 from polyclinic.server.provisioning import enroll, enrolled, reissue, revoke, sites_facts
 from polyclinic.server.register import read_register, write_register
 from tests.client.ledger_home import in_child, kill_at_flush, wait_for
-from tests.server.joining import Joining, copied, prepare
-
-
-@pytest.fixture(scope="module")
-def provisioned(tmp_path_factory: pytest.TempPathFactory, tiny_vae: Path, drawn: list[Record]) -> Joining:
-    return prepare(tmp_path_factory.mktemp("joining"), tiny_vae, drawn, "a", "b")
-
-
-@pytest.fixture
-def made(provisioned: Joining, tmp_path: Path) -> Joining:
-    """Kits for a and b, and nobody enrolled."""
-    return copied(provisioned, tmp_path / "j")
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+from tests.server.joining import Joining, copied, snapshot
 
 
 def set_expiry(made: Joining, site: str, **ago: float) -> None:

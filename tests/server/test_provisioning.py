@@ -18,7 +18,6 @@ from polyclinic.common.certificates import (
     load_key,
     sign_server,
 )
-from polyclinic.common.data.table import Record
 from polyclinic.common.kit import open_kit
 from polyclinic.common.node_keys import node_key_header, node_key_text
 from polyclinic.common.refusals import BadInput
@@ -26,23 +25,7 @@ from polyclinic.server.cli import main as server
 from polyclinic.server.provisioning import enrolled, provision, sites_facts
 from polyclinic.server.register import sites_of_run
 from tests.client.ledger_home import in_child, kill_at_flush, wait_for
-from tests.server.joining import Joining, copied, prepare
-
-
-@pytest.fixture(scope="module")
-def provisioned(tmp_path_factory: pytest.TempPathFactory, tiny_vae: Path, drawn: list[Record]) -> Joining:
-    return prepare(tmp_path_factory.mktemp("joining"), tiny_vae, drawn, "a", "b")
-
-
-@pytest.fixture
-def made(provisioned: Joining, tmp_path: Path) -> Joining:
-    """Kits for a and b, and nobody enrolled."""
-    return copied(provisioned, tmp_path / "j")
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
+from tests.server.joining import Joining, copied, snapshot
 
 # -- the whole way --------------------------------------------------------------------------------
 
