@@ -231,4 +231,9 @@ def _round(run_dir: Path, resolved: Resolved, record: RoundRecord) -> RoundFacts
         fidelity=judgement.fidelity if judgement else None,
         faithfulness=judgement.faithfulness if judgement else None,
         samples=sheet,
+        second=judgement.second if judgement else [],
+        cosine=judgement.cosine if judgement else None,
+        utility=judgement.utility if judgement else None,
+        near_copies=judgement.near_copies if judgement else None,
+        medvqa=judgement.medvqa if judgement else None,
     )

@@ -63,6 +63,8 @@ class Fidelity(BaseModel):
         protocol: Version of this measurement.
         kid: Grouped kernel distance, the headline.
         frechet: Frechet distance on the same features, for comparison with papers.
+        others: Further metrics on the same features by name: cmmd, precision, recall, density, coverage,
+            vendi, ms_ssim.
         warnings: Sentences to print beside the numbers.
     """
 
@@ -73,6 +75,7 @@ class Fidelity(BaseModel):
     protocol: str
     kid: Estimate
     frechet: Estimate
+    others: dict[str, Estimate] = {}
     warnings: list[str]
 
 

@@ -27,6 +27,7 @@ from polyclinic.common.study import Resolved
 from polyclinic.server.checkpoints import Checkpoint, load_checkpoint, rounds_done
 from polyclinic.server.evaluation.estimate import Fidelity, measure_fidelity
 from polyclinic.server.evaluation.probe import Faithfulness, measure_faithfulness
+from polyclinic.server.evaluation.results import MedvqaScores, NearCopies, PromptCosine, Utility
 from polyclinic.server.reference import Reference
 
 SHEET_COLUMNS = 6
@@ -40,6 +41,11 @@ class Judgement(BaseModel):
         columns: Draws of each prompt on the sample sheet.
         fidelity: Distance to the reference; None below 50 images, where it would mean nothing.
         faithfulness: Agreement with the prompts; None where the study names no concepts.
+        second: Fidelity on the study's other extractors.
+        cosine: CLIP-type agreement, where the study names a model.
+        utility: What the images are worth to train on.
+        near_copies: Images close to one of the public reference.
+        medvqa: The official MedVQA-GI 2025 scores, where the study asks for them.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -48,6 +54,11 @@ class Judgement(BaseModel):
     columns: int
     fidelity: Fidelity | None
     faithfulness: Faithfulness | None
+    second: list[Fidelity] = []
+    cosine: PromptCosine | None = None
+    utility: Utility | None = None
+    near_copies: NearCopies | None = None
+    medvqa: MedvqaScores | None = None
 
 
 class Judge:

@@ -15,6 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from polyclinic.server.evaluation.audit import SiteAudit
 from polyclinic.server.evaluation.estimate import Fidelity
 from polyclinic.server.evaluation.probe import Faithfulness
+from polyclinic.server.evaluation.results import (
+    FederatedFidelity,
+    MedvqaScores,
+    NearCopies,
+    PromptCosine,
+    SiteGate,
+    Utility,
+)
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -127,6 +135,11 @@ class RoundFacts(Part):
         fidelity: Distance to the reference, where evaluated.
         faithfulness: Agreement with the prompts, where evaluated.
         samples: The drawn images, where evaluated.
+        second: Fidelity on the study's other extractors.
+        cosine: CLIP-type agreement with the prompts.
+        utility: What the images are worth to train on.
+        near_copies: Images close to one of the public reference.
+        medvqa: The official MedVQA-GI 2025 scores.
     """
 
     round: int = Field(ge=0)
@@ -142,6 +155,11 @@ class RoundFacts(Part):
     fidelity: Fidelity | None = None
     faithfulness: Faithfulness | None = None
     samples: SampleSheet | None = None
+    second: list[Fidelity] = []
+    cosine: PromptCosine | None = None
+    utility: Utility | None = None
+    near_copies: NearCopies | None = None
+    medvqa: MedvqaScores | None = None
 
 
 class CostRow(Part):
@@ -177,6 +195,8 @@ class Metrics(Part):
         sites: One entry for each site.
         rounds: One entry for each round, from 0 on, in order.
         audit: What the audit tap shows, one entry for each site that sent one.
+        federated_fidelity: DP-CMMD against the sites' own images, where the study asks for it.
+        gates: What the sites said after their leakage gate, where the study asks for it.
         cost: What was spent.
         forecast: What `plan` had forecast.
         prompts: Evaluation prompts, in the order of the rows of every sample sheet.
@@ -196,6 +216,8 @@ class Metrics(Part):
     sites: list[SiteFacts]
     rounds: list[RoundFacts]
     audit: list[SiteAudit] = []
+    federated_fidelity: FederatedFidelity | None = None
+    gates: list[SiteGate] = []
     cost: list[CostRow] = []
     forecast: list[CostRow] = []
     prompts: list[str] = []
