@@ -234,6 +234,6 @@ def _round(run_dir: Path, resolved: Resolved, record: RoundRecord) -> RoundFacts
         second=judgement.second if judgement else [],
         cosine=judgement.cosine if judgement else None,
         utility=judgement.utility if judgement else None,
-        near_copies=judgement.near_copies if judgement else None,
+        near_copies=judgement.near_copies if judgement else [],
         medvqa=judgement.medvqa if judgement else None,
     )

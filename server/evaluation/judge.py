@@ -44,7 +44,7 @@ class Judgement(BaseModel):
         second: Fidelity on the study's other extractors.
         cosine: CLIP-type agreement, where the study names a model.
         utility: What the images are worth to train on.
-        near_copies: Images close to one of the public reference.
+        near_copies: Images close to one of the public reference, by features and by pixels.
         medvqa: The official MedVQA-GI 2025 scores, where the study asks for them.
     """
 
@@ -57,7 +57,7 @@ class Judgement(BaseModel):
     second: list[Fidelity] = []
     cosine: PromptCosine | None = None
     utility: Utility | None = None
-    near_copies: NearCopies | None = None
+    near_copies: list[NearCopies] = []
     medvqa: MedvqaScores | None = None
 
 

@@ -72,10 +72,14 @@ class Utility(Result):
 class NearCopies(Result):
     """Synthetic images that lie closer to a public image than public patients lie to each other.
 
+    One for each measure of distance.
+
     Attributes:
         found: Synthetic images under the threshold.
         n: Synthetic images looked at.
+        share: found / n with its interval; `groups` counts prompts.
         expected: Share of real evaluate images under the same threshold, by construction about alpha.
+        alpha: Chance at which the threshold flags an image that copies nothing.
         threshold: Distance below which an image counts as a near copy.
         measure: What the distance is.
         note: What this does and does not say.
@@ -83,7 +87,9 @@ class NearCopies(Result):
 
     found: int
     n: int
+    share: Estimate
     expected: float
+    alpha: float
     threshold: float
     measure: str
     note: str

@@ -138,7 +138,7 @@ class RoundFacts(Part):
         second: Fidelity on the study's other extractors.
         cosine: CLIP-type agreement with the prompts.
         utility: What the images are worth to train on.
-        near_copies: Images close to one of the public reference.
+        near_copies: Images close to one of the public reference, by features and by pixels.
         medvqa: The official MedVQA-GI 2025 scores.
     """
 
@@ -158,7 +158,7 @@ class RoundFacts(Part):
     second: list[Fidelity] = []
     cosine: PromptCosine | None = None
     utility: Utility | None = None
-    near_copies: NearCopies | None = None
+    near_copies: list[NearCopies] = []
     medvqa: MedvqaScores | None = None
 
 
