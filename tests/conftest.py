@@ -1,7 +1,7 @@
 """Fixtures that several rooms share: a random-weight VAE, MSDM's smallest size, a site of drawn images."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from polyclinic.common.generators.public import hash_base, resolve
 from polyclinic.common.settings import GeneratorSettings
 from polyclinic.common.study import Resolved, Study, parse_study
 from polyclinic.common.wire import RoundOrder
+from tests.browser import Browser
 from tests.server.joining import Joining, copied, prepare
 
 # Never the network, in any test.
@@ -38,6 +39,13 @@ def _threads() -> Any:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A real browser; skips without Chromium, and fails in CI."""
+    with Browser() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")
