@@ -177,8 +177,8 @@ def test_features_find_brightened_copies_and_no_other_patients() -> None:
     features = extract(images[:240])
     targets = features[:100]
     limit = threshold(nearest_by_features(features[100:200], targets).distances, patients[100:200], 0.01)
-    for change in (lambda x: x, lambda x: 0.9 * x + 0.05, lambda x: x**0.9):
-        found = nearest_by_features(extract(change(images[:20])), targets)
+    for copies in (images[:20], 0.9 * images[:20] + 0.05, images[:20] ** 0.9):
+        found = nearest_by_features(extract(copies), targets)
         assert bool((found.distances < limit).all())
         assert found.rows.tolist() == list(range(20))
     assert int((nearest_by_features(features[200:], targets).distances < limit).sum()) < 5
