@@ -24,7 +24,8 @@ from polyclinic.client.policy import load_policy
 from polyclinic.client.readiness import check_ready
 from polyclinic.client.training import answer_round
 from polyclinic.common.refusals import REASONS, BadInput, Reason, Refusal
-from polyclinic.common.wire import read_order, reply_records
+from polyclinic.common.wire import reply_records
+from polyclinic.common.wire_reading import read_order
 
 app = ClientApp()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from polyclinic.common.data.table import Record
 from polyclinic.common.device import pick_device
 from polyclinic.common.generators.base import BaseFiles, load_family, trainable_state
 from polyclinic.common.study import Resolved, differences
-from polyclinic.common.wire import DIFFERENCE, FACTS, HASHES, SCALE, TAP
+from polyclinic.common.wire import DIFFERENCE, FACTS, HASHES, SCALE, TAP, ReplyFacts
 
 WIDTH = 100
 _BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
-# Every part of a reply and every field of its facts, in plain words; a test compares with wire.py.
+# Every part of a reply in plain words; a test compares with wire.py.
 PARTS = {
     DIFFERENCE: "how the round moved the weights: clipped patient by patient, summed, noised here",
     SCALE: "int8 only: by how much each row of that difference was scaled",
@@ -28,24 +29,7 @@ PARTS = {
     FACTS: "the numbers below",
     HASHES: "a SHA-256 of each tensor above, to notice damage on the way",
 }
-FIELDS = {
-    "round": "number of the round",
-    "sigma": "strength of the noise, in units of the clipping bound",
-    "sampling_rate": "chance of a patient to be in a step",
-    "steps": "steps taken",
-    "clip": "bound on what one patient can contribute to a step",
-    "divisor": "sampling rate x declared patients: tells the declared size of this site",
-    "tau": "margin for rounding errors",
-    "epsilon": "privacy spent in this study so far",
-    "delta": "chance that the guarantee may fail",
-    "code_version": "release of Polyclinic here",
-    "base_hash": "hash of the frozen public base",
-    "study_hash": "hash of the study",
-    "approval": "random number of this approval",
-    "ledger_sequence": "number of the ledger's line for the round",
-    "ledger_hash": "salted hash of that line",
-    "flops": "operations of the expected batch, from public numbers; not what was measured",
-}
+FIELDS = {field.name: str(field.metadata["words"]) for field in fields(ReplyFacts)}
 
 
 def terms(

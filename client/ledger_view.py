@@ -19,7 +19,7 @@ from polyclinic.common.chain import Line
 from polyclinic.common.files import sha256_file, write_json_atomic
 from polyclinic.common.privacy.accounting import History, claim, epsilon_prv
 from polyclinic.common.refusals import BadInput, Refusal
-from polyclinic.common.wire import unpack_reply
+from polyclinic.common.wire_reading import unpack_reply
 
 POINTS = 12  # rounds of a study whose epsilon is computed for its curve
 BAR = 30  # characters

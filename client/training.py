@@ -35,7 +35,8 @@ from polyclinic.common.selftest import self_test
 from polyclinic.common.settings import Transport
 from polyclinic.common.study import CODE_VERSION
 from polyclinic.common.training import PrivateEngine, StepEngine, train
-from polyclinic.common.wire import ReplyFacts, RoundOrder, check_like, pack_reply, unpack_residual
+from polyclinic.common.wire import ReplyFacts, pack_reply, unpack_residual
+from polyclinic.common.wire_reading import RoundOrder, check_like
 
 # Approvals whose self-test this process has passed: once at start-up is enough.
 _SELF_TESTED: set[tuple[str, str]] = set()

@@ -16,22 +16,8 @@ from torch import Tensor
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.refusals import Refusal
 from polyclinic.common.settings import Transport
-from polyclinic.common.wire import (
-    DIFFERENCE,
-    DOWN,
-    FACTS,
-    HASHES,
-    SCALE,
-    TAP,
-    Reply,
-    ReplyFacts,
-    check_like,
-    encode,
-    parse,
-    parts_of,
-    rows_of,
-    widen,
-)
+from polyclinic.common.wire import DIFFERENCE, FACTS, HASHES, SCALE, TAP, ReplyFacts, encode, rows_of, widen
+from polyclinic.common.wire_reading import DOWN, Reply, check_like, parse, parts_of
 
 
 class Incoming(NamedTuple):

@@ -27,7 +27,8 @@ from polyclinic.common.progress import say
 from polyclinic.common.refusals import REASONS, Refusal, reason_of
 from polyclinic.common.settings import Transport
 from polyclinic.common.study import Resolved
-from polyclinic.common.wire import ReplyFacts, RoundOrder, order_records
+from polyclinic.common.wire import ReplyFacts
+from polyclinic.common.wire_reading import RoundOrder, order_records
 from polyclinic.server.aggregation import advance
 from polyclinic.server.alarms import is_possible, misfit, round_alarms
 from polyclinic.server.checkpoints import (

@@ -19,7 +19,7 @@ from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.generators.public import hash_base, resolve
 from polyclinic.common.settings import GeneratorSettings
 from polyclinic.common.study import Resolved, Study, parse_study
-from polyclinic.common.wire import RoundOrder
+from polyclinic.common.wire_reading import RoundOrder
 from tests.browser import Browser
 from tests.server.joining import Joining, copied, prepare
 

@@ -24,7 +24,7 @@ from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.privacy.clipping import TAU
 from polyclinic.common.privacy.tap import tap_like
 from polyclinic.common.refusals import REASONS, Refusal
-from polyclinic.common.wire import RoundOrder, check_like, order_records, unpack_reply
+from polyclinic.common.wire_reading import RoundOrder, check_like, order_records, unpack_reply
 from polyclinic.server.replies import as_sent, read_reply
 
 PLAIN = {"privacy": {"enabled": False}}

@@ -13,14 +13,8 @@ from polyclinic.client.training import answer_round
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.generators.public import hash_state
 from polyclinic.common.refusals import Refusal
-from polyclinic.common.wire import (
-    order_records,
-    pack_reply,
-    read_order,
-    reply_records,
-    unpack_reply,
-    unpack_residual,
-)
+from polyclinic.common.wire import pack_reply, reply_records, unpack_residual
+from polyclinic.common.wire_reading import order_records, read_order, unpack_reply
 from polyclinic.server.replies import as_sent, read_reply
 
 OPEN = "allow_not_private = true\nallow_test_randomness = true\n"

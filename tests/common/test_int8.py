@@ -5,14 +5,8 @@ import torch
 
 from polyclinic.common.refusals import Refusal
 from polyclinic.common.settings import Transport
-from polyclinic.common.wire import (
-    order_records,
-    pack_reply,
-    read_order,
-    reply_records,
-    unpack_reply,
-    unpack_residual,
-)
+from polyclinic.common.wire import pack_reply, reply_records, unpack_residual
+from polyclinic.common.wire_reading import order_records, read_order, unpack_reply
 from polyclinic.server.replies import read_reply
 from tests.common.test_wire import FACTS, ORDER, every_transport, state
 from tests.common.wire_files import put, tensors_in

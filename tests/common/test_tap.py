@@ -16,7 +16,8 @@ from polyclinic.common.privacy.random import KeyedRandom
 from polyclinic.common.privacy.tap import COINS, SUM, Tap, canary_norms, tap_like, toss_coins
 from polyclinic.common.refusals import Refusal
 from polyclinic.common.training import PrivateEngine
-from polyclinic.common.wire import pack_reply, reply_records, unpack_reply
+from polyclinic.common.wire import pack_reply, reply_records
+from polyclinic.common.wire_reading import unpack_reply
 from polyclinic.server.replies import read_reply
 from tests.common.test_wire import FACTS, state
 

@@ -16,16 +16,8 @@ from polyclinic.common.generators.base import Tensors
 from polyclinic.common.generators.public import hash_state
 from polyclinic.common.refusals import Refusal
 from polyclinic.common.settings import Transport
-from polyclinic.common.wire import (
-    ReplyFacts,
-    RoundOrder,
-    check_like,
-    order_records,
-    pack_reply,
-    read_order,
-    reply_records,
-    unpack_reply,
-)
+from polyclinic.common.wire import ReplyFacts, pack_reply, reply_records
+from polyclinic.common.wire_reading import RoundOrder, check_like, order_records, read_order, unpack_reply
 from polyclinic.server.replies import as_sent, open_reply, payload_bytes, read_reply
 from tests.common.wire_files import FILE, file_of, put, raw, seal, tensors_in
 

@@ -55,7 +55,7 @@ def _content(ask: dict[str, Any]) -> RecordDict:
         import torch
         from safetensors.torch import load_file
 
-        from polyclinic.common.wire import RoundOrder, order_records
+        from polyclinic.common.wire_reading import RoundOrder, order_records
 
         state = load_file(ask["state"]) if ask["state"] else {"w": torch.zeros(1)}
         content = order_records(RoundOrder(ask["round"], ask["study"]), state)

@@ -23,7 +23,7 @@ import polyclinic.client.app as site
 from polyclinic.client import launcher, training
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.settings import Transport
-from polyclinic.common.wire import RoundOrder, order_records, read_order
+from polyclinic.common.wire_reading import RoundOrder, order_records, read_order
 
 ROOM = 300_000  # bytes that a full disk still has: enough for the journal, not for a reply
 

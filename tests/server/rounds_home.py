@@ -17,7 +17,8 @@ from polyclinic.common.generators.base import Tensors
 from polyclinic.common.generators.public import hash_state
 from polyclinic.common.refusals import REASONS
 from polyclinic.common.study import CODE_VERSION, Resolved, parse_study
-from polyclinic.common.wire import ReplyFacts, pack_reply, read_order, reply_records
+from polyclinic.common.wire import ReplyFacts, pack_reply, reply_records
+from polyclinic.common.wire_reading import read_order
 from polyclinic.server import rounds
 from polyclinic.server.checkpoints import Checkpoint, RoundRecord
 from polyclinic.server.progress_file import Board

@@ -15,7 +15,8 @@ from polyclinic.common.generators.public import hash_state
 from polyclinic.common.privacy.tap import COINS, SUM, tap_like
 from polyclinic.common.refusals import BadInput, Refusal
 from polyclinic.common.study import CODE_VERSION, Resolved, parse_study
-from polyclinic.common.wire import ReplyFacts, pack_reply, read_order, reply_records
+from polyclinic.common.wire import ReplyFacts, pack_reply, reply_records
+from polyclinic.common.wire_reading import read_order
 from polyclinic.server.checkpoints import (
     Checkpoint,
     RoundRecord,

@@ -16,7 +16,8 @@ from polyclinic.common.plain_engine import PlainEngine
 from polyclinic.common.privacy.random import KeyedRandom
 from polyclinic.common.study import Study
 from polyclinic.common.training import PrivateEngine, train
-from polyclinic.common.wire import pack_reply, unpack_reply, unpack_residual
+from polyclinic.common.wire import pack_reply, unpack_residual
+from polyclinic.common.wire_reading import unpack_reply
 from polyclinic.server.plausible import adamw_steps, longest_difference
 from tests.common.test_wire import FACTS
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from polyclinic.common.generators.public import hash_state
 from polyclinic.common.refusals import BadInput, Refusal
-from polyclinic.common.wire import pack_reply, read_order, reply_records
+from polyclinic.common.wire import pack_reply, reply_records
+from polyclinic.common.wire_reading import read_order
 from polyclinic.server.checkpoints import (
     Checkpoint,
     RoundRecord,
