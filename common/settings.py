@@ -203,7 +203,16 @@ class FederationSettings(Section):
     deadline_s: float = Field(86400.0, gt=0, description="seconds until a round ends without the absent")
     grace_s: float = Field(60.0, ge=0, description="seconds the others get once the quorum has answered")
     weights: dict[str, float] | Literal["equal"] = Field("equal", description="public weights by site name")
-    server_learning_rate: float = Field(1.0, gt=0, description="factor on the mean difference")
+    server_optimizer: Literal["mean", "fedavgm", "fedadam"] = Field(
+        "mean", description="what becomes of the combined difference; the others remember earlier rounds"
+    )
+    server_learning_rate: float = Field(
+        1.0, gt=0, description="factor on the server's step; about 0.001 to 0.1 for fedadam"
+    )
+    server_betas: tuple[Decay, Decay] = Field(
+        (0.9, 0.99), description="decays a round: fedavgm's momentum is the first; fedadam has both"
+    )
+    server_tau: float = Field(1e-3, gt=0, description="fedadam: added to the root of the second moment")
     ema: float = Field(0.0, ge=0, lt=1, description="decay a round of the averaged weights that are judged")
     transport: Transport = Field(
         "bf16",

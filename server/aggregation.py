@@ -7,7 +7,8 @@ have the same rules (FedAvg, FedTrimmedAvg, FedMedian), but hold every reply in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.settings import FederationSettings
-from polyclinic.server.spool import PIECE, Spooled
+from polyclinic.server.server_optimizer import Moments, in_order, moments_like, remembered, server_step
+from polyclinic.server.spool import PIECE, Spooled, write_tensors
 
 
 def combine(
@@ -54,7 +56,11 @@ def clip_factors(norms: Mapping[str, float], settings: FederationSettings) -> di
 
 
 def advance(
-    state: Tensors, average: Tensors, replies: Mapping[str, Spooled], settings: FederationSettings
+    state: Tensors,
+    average: Tensors,
+    replies: Mapping[str, Spooled],
+    settings: FederationSettings,
+    moments: Moments = Moments(),  # noqa: B008 - a tuple of nothing
 ) -> None:
     """Take the server's step and update the moving average, both in place.
 
@@ -62,19 +68,43 @@ def advance(
         state: Trainable state of the round; becomes the next.
         average: Its exponential moving average over rounds, the generator that is judged; shares no memory
             with the state.
-        replies: Site to its difference.
-        settings: Rule, weights, server learning rate and EMA decay.
+        replies: Site to its difference. A tensor that no difference holds stays as it is.
+        settings: Rule, weights, server optimizer and EMA decay.
+        moments: What the server's optimizer remembers of earlier rounds, and where it goes on.
     """
+    steps = _steps(state, average, replies, settings, moments.before)
+    if moments.after is None:
+        deque(steps, maxlen=0)
+    else:
+        write_tensors(moments.after, steps, moments_like(state, settings), sync=True)
+
+
+def _steps(
+    state: Tensors,
+    average: Tensors,
+    replies: Mapping[str, Spooled],
+    settings: FederationSettings,
+    before: Spooled | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Step tensor by tensor; yield what the optimizer remembers of each."""
     sites = sorted(replies)
     by_site = clip_factors({site: replies[site].norm for site in sites}, settings)
     factors = [by_site[site] for site in sites]
     weights = [1.0 if settings.weights == "equal" else settings.weights[site] for site in sites]
     size = max(1, PIECE // len(sites))
-    for name in sorted(state):
+    sent = replies[sites[0]].places
+    for name in in_order(state):
         flat, mean = state[name].view(-1), average[name].view(-1)
-        for start in range(0, len(flat), size):
+        memory = remembered(name, flat, before, settings)
+        if "steps" in memory and name in sent:
+            memory["steps"] += 1
+        for start in range(0, len(flat) if name in sent else 0, size):
             stop = min(start + size, len(flat))
             pieces = [replies[site].read(name, start, stop) for site in sites]
             step = combine(pieces, factors, weights, settings)
-            flat[start:stop].add_(step.mul_(settings.server_learning_rate))
-            mean[start:stop].lerp_(flat[start:stop], 1 - settings.ema)
+            piece = {kind: x if kind == "steps" else x[start:stop] for kind, x in memory.items()}
+            flat[start:stop].add_(server_step(step, piece, settings))
+        mean.lerp_(flat, 1 - settings.ema)
+        yield from (
+            (f"{name}/{kind}", x.view_as(state[name]) if kind != "steps" else x) for kind, x in memory.items()
+        )

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 
 from polyclinic.common.files import naming_full_disk, sync_folder, write_atomic, write_json_atomic
 from polyclinic.common.generators.base import Tensors
+from polyclinic.server.server_optimizer import MOMENTS
 from polyclinic.server.spool import write_tensors
 
 TAPS = "taps.safetensors"
@@ -64,12 +65,14 @@ class Checkpoint:
         state: Trainable state after it.
         average: Moving average of the states.
         taps: Site to the tensors of its tap; kept in a file of their own, never loaded with a state.
+        moments: Spooled file of what the server's optimizer remembers; moved into the checkpoint.
     """
 
     record: RoundRecord
     state: Tensors
     average: Tensors
     taps: dict[str, Tensors] = field(default_factory=dict)
+    moments: Path | None = None
 
 
 def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> None:
@@ -82,6 +85,8 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> None:
         with naming_full_disk(place):
             for name, tensors in (("state", checkpoint.state), ("average", checkpoint.average)):
                 write_tensors(temporary / f"{name}.safetensors", sorted(tensors.items()), tensors, sync=True)
+            if checkpoint.moments:
+                checkpoint.moments.rename(temporary / MOMENTS)
             if checkpoint.taps:
                 flat = {f"{site}/{n}": t for site, tap in checkpoint.taps.items() for n, t in tap.items()}
                 write_atomic(temporary / TAPS, save(flat))
@@ -92,6 +97,11 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def checkpoint_folder(run_dir: Path, number: int) -> Path:
+    """Where a round's checkpoint lies."""
+    return run_dir / "checkpoints" / f"round-{number:04d}"
+
+
 def rounds_done(run_dir: Path) -> list[int]:
     """Numbers of the rounds that have a checkpoint, ascending."""
     return sorted(int(path.name.removeprefix("round-")) for path in (run_dir / "checkpoints").glob("round-*"))
@@ -99,7 +109,7 @@ def rounds_done(run_dir: Path) -> list[int]:
 
 def load_checkpoint(run_dir: Path, number: int) -> Checkpoint:
     """Read a round's checkpoint."""
-    folder = run_dir / "checkpoints" / f"round-{number:04d}"
+    folder = checkpoint_folder(run_dir, number)
     return Checkpoint(
         load_record(run_dir, number),
         load_file(str(folder / "state.safetensors")),
@@ -109,13 +119,13 @@ def load_checkpoint(run_dir: Path, number: int) -> Checkpoint:
 
 def load_record(run_dir: Path, number: int) -> RoundRecord:
     """Read a round's record alone."""
-    path = run_dir / "checkpoints" / f"round-{number:04d}" / "record.json"
+    path = checkpoint_folder(run_dir, number) / "record.json"
     return RoundRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
 
 
 def load_taps(run_dir: Path, number: int) -> dict[str, Tensors]:
     """Read what the sites' audit taps sent in a round: site to tensors by name; empty without a tap."""
-    path = run_dir / "checkpoints" / f"round-{number:04d}" / TAPS
+    path = checkpoint_folder(run_dir, number) / TAPS
     taps: dict[str, Tensors] = {}
     for name, tensor in (load_file(str(path)) if path.exists() else {}).items():
         site, *rest = name.rsplit("/", 2)  # a site's name may hold slashes, a tap's tensor has one

@@ -34,6 +34,7 @@ from polyclinic.server.alarms import is_possible, misfit, round_alarms
 from polyclinic.server.checkpoints import (
     Checkpoint,
     RoundRecord,
+    checkpoint_folder,
     load_checkpoint,
     rounds_done,
     save_checkpoint,
@@ -41,7 +42,8 @@ from polyclinic.server.checkpoints import (
 from polyclinic.server.plausible import longest_difference
 from polyclinic.server.progress_file import ABSENT, ASKED, NOT_HERE, REPLIED, Board
 from polyclinic.server.replies import Incoming, as_sent, open_reply, payload_bytes
-from polyclinic.server.spool import Spooled, clear_spool, spool_path, write_tensors
+from polyclinic.server.server_optimizer import moments_of
+from polyclinic.server.spool import Spooled, clear_spool, spool_folder, spool_path, write_tensors
 
 # Seconds between two looks for replies (they grow while nothing comes), for new sites, and before a
 # site is asked again (doubled each time).
@@ -243,7 +245,9 @@ def run_round(
         )
     board.phase("combining")
     opened.content = None
-    advance(before.state, before.average, opened.differences, settings)
+    last_folder, spool = checkpoint_folder(board.run_dir, number - 1), spool_folder(board.run_dir, number)
+    moments = moments_of(last_folder, spool, settings)
+    advance(before.state, before.average, opened.differences, settings, moments)
     seconds = time.monotonic() - start
     say(
         f"round {number}: {len(opened.differences)} sites replied in {seconds:.1f} s"
@@ -263,7 +267,7 @@ def run_round(
         bytes_up=opened.up,
         seconds=seconds,
     )
-    return Checkpoint(record, before.state, before.average, opened.taps if opened.tap else {})
+    return Checkpoint(record, before.state, before.average, opened.taps if opened.tap else {}, moments.after)
 
 
 def _wait_for_sites(

@@ -89,11 +89,25 @@ def write_tensors(
     return Spooled(path, {name: start + place for name, place in places.items()}, math.sqrt(squares))
 
 
-def spool_path(run_dir: Path, number: int, site: str) -> Path:
-    """Where a site's reply to a round is spooled; a site's name may hold what a file's name may not."""
+def open_tensors(path: Path) -> Spooled:
+    """Open a file that `write_tensors` wrote, to be read piece by piece; its norm is not known (NaN)."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    places = {name: 8 + length + int(entry["data_offsets"][0]) for name, entry in header.items()}
+    return Spooled(path, places, math.nan)
+
+
+def spool_folder(run_dir: Path, number: int) -> Path:
+    """Where a round's spool lies."""
     folder = run_dir / "spool" / f"round-{number:04d}"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{quote(site, safe='')}.safetensors"
+    return folder
+
+
+def spool_path(run_dir: Path, number: int, site: str) -> Path:
+    """Where a site's reply to a round is spooled; a site's name may hold what a file's name may not."""
+    return spool_folder(run_dir, number) / f"{quote(site, safe='')}.safetensors"
 
 
 def clear_spool(run_dir: Path) -> None:
