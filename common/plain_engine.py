@@ -8,7 +8,7 @@ from polyclinic.common.data.cache import Cached
 from polyclinic.common.generators.base import Family, Views, trainable
 from polyclinic.common.privacy.random import KeyedRandom
 from polyclinic.common.study import Study
-from polyclinic.common.training import Sampler, adamw, set_rate
+from polyclinic.common.training import Proximal, Sampler, adamw, set_rate
 
 
 class PlainEngine:
@@ -20,6 +20,7 @@ class PlainEngine:
         self.family, self.study = family, study
         self.sampler = Sampler(family, data, study, random, device)
         self.optimizer = adamw(trainable(family.module).values(), study)
+        self.proximal = Proximal(trainable(family.module).values(), study.training.fedprox)
 
     def step(self, step: int) -> None:
         """Step on the mean loss over all views of the sampled patients; nobody sampled, no step."""
@@ -35,5 +36,6 @@ class PlainEngine:
             (self.family.view_losses(part).sum() / count).backward()
         parameters = list(trainable(self.family.module).values())
         torch.nn.utils.clip_grad_norm_(parameters, self.study.training.max_grad_norm)
+        self.proximal.add()
         set_rate(self.optimizer, self.study.learning_rate(step))
         self.optimizer.step()

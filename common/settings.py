@@ -183,6 +183,9 @@ class TrainingSettings(Section):
     schedule: Literal["constant", "cosine"] = "constant"
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decays a step of AdamW's two averages")
     weight_decay: float = Field(0.0, ge=0)
+    fedprox: float = Field(
+        0.0, ge=0, description="FedProx's mu: pulls a site back to the state it was sent; 0: not at all"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping of non-private steps")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     threads: int = Field(0, ge=0, description="CPU threads a client; 0: all cores")

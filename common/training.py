@@ -115,6 +115,24 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+class Proximal:
+    """FedProx (Li et al. 2020, 1812.06127): pulls a site's weights back to those it was sent.
+
+    Adds mu (w - w_start) to gradients that were clipped and noised already: a function of what may be
+    known, so it costs no budget and changes no sensitivity.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], strength: float) -> None:
+        self.pairs = [(p, p.detach().clone()) for p in parameters] if strength else []
+        self.strength = strength
+
+    def add(self) -> None:
+        """Add the term to the gradients of this step."""
+        for parameter, start in self.pairs:
+            assert parameter.grad is not None
+            parameter.grad.add_(parameter.detach() - start, alpha=self.strength)
+
+
 class PrivateEngine:
     """DP-SGD for diffusion: sample patients, clip each one's gradient to C, add noise, divide, step.
 
@@ -145,7 +163,8 @@ class PrivateEngine:
             max_grad_norm=study.privacy.clip,
             expected_batch_size=divisor,
         )
-        self.optimizer.after_noise = tap.collect if tap else None
+        self.proximal = Proximal(trainable(family.module).values(), study.training.fedprox)
+        self.optimizer.after_noise = self._after_noise
 
     def step(self, step: int) -> None:
         """Take one noised step; a sample without patients is a step of pure noise."""
@@ -157,6 +176,11 @@ class PrivateEngine:
             sums = {**sums, SUM: self.tap.clipped_sum(step)}
         set_rate(self.optimizer.original_optimizer, self.study.learning_rate(step))
         self.optimizer.step_on(self.names, sums)
+
+    def _after_noise(self) -> None:
+        if self.tap is not None:
+            self.tap.collect()
+        self.proximal.add()
 
     def _noise(self, step: int) -> Callable[[str, torch.Size, float], Tensor]:
         """Start to make this step's noise; no CPU has a generator of its own to take it from."""

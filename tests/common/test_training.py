@@ -105,6 +105,43 @@ def test_steps_equal_adamw_by_hand_on_clipped_sum_plus_noise(
     assert farthest(trainable_state(family.module), wrong) > 0.3 * max(rates)
 
 
+def test_fedprox_pulls_by_what_was_moved_whatever_was_clipped(
+    family: Msdm, cached: Cached, make_study: Any
+) -> None:
+    """Steps of pure noise with mu against the same noise by hand: g_t + mu (w_t - w_0), never clipped."""
+    mu, settings = 0.4, {"privacy": {"sampling_rate": 1e-9, "clip": 1e-3}}
+    study = make_study(**settings, training={"learning_rate": 1.0, "fedprox": mu})
+    engine = private(family, cached, study, sigma=1.0)
+    as_sgd(engine)
+    start = trainable_state(family.module)
+    with torch.no_grad():
+        for parameter in trainable(family.module).values():
+            parameter.add_(1.0)  # far from the start: the pull is far above the clip
+    want = {name: tensor.double() + 1.0 for name, tensor in start.items()}
+    for step in (0, 1):
+        engine.step(step)
+        for name, weight in want.items():
+            noise = RANDOM.stream("noise", step, name).protective_normal(weight.shape, 1e-3) / 6
+            want[name] = weight - noise - mu * (weight - start[name])
+    assert farthest(trainable_state(family.module), want) < 1e-5
+    plain = PlainEngine(
+        family,
+        cached,
+        make_study(privacy={"enabled": False}, training={"fedprox": 1e6}),
+        RANDOM,
+        device="cpu",
+    )
+    plain.optimizer = torch.optim.SGD(trainable(family.module).values(), lr=1e-3)  # type: ignore[assignment]
+    before = trainable_state(family.module)
+    with torch.no_grad():
+        for parameter in trainable(family.module).values():
+            parameter.add_(0.001)  # little enough for the network to go on working
+    plain.step(2)
+    # Rate x mu = 1000 times the way, back; the gradient itself is clipped to 1.
+    off = {name: tensor - before[name] for name, tensor in trainable_state(family.module).items()}
+    assert all(torch.allclose(tensor, torch.tensor(0.001 - 1.0), atol=0.02) for tensor in off.values())
+
+
 def as_sgd(engine: PrivateEngine) -> None:
     """Make a step show its gradient: lr 1 (schedule constant) and no moments."""
     inner: Any = engine.optimizer

@@ -1,4 +1,4 @@
-"""Server optimizers against Flower's strategies of the same names, over several rounds and through a restart."""
+"""Server optimizers against Flower's strategies of the same names, over rounds and through a restart."""
 
 from __future__ import annotations
 
