@@ -47,11 +47,11 @@ from polyclinic.common.progress import duration, say, track
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study, load_study, parse_study
 from polyclinic.common.training import PrivateEngine
-from polyclinic.server import checkpoints
 from polyclinic.server.base import Base, prepare_base
-from polyclinic.server.checkpoints import Checkpoint, RoundRecord
+from polyclinic.server.checkpoints import Checkpoint, RoundRecord, save_checkpoint
 from polyclinic.server.evaluation import estimate, probe
-from polyclinic.server.evaluation.judge import Judge, Judgement, read_judgement
+from polyclinic.server.evaluation.judge import Judge, read_judgement
+from polyclinic.server.evaluation.measure import Judgement
 from polyclinic.server.reference import Reference, split_reference
 from polyclinic.simulation.data import make_federation
 
@@ -246,7 +246,7 @@ def trained(cell: Cell, study: Study, base: Base, bench: Bench, sigma: float) ->
     record = RoundRecord(round=ROUND, state_hash=hash_state(state), seconds=time.monotonic() - start)
     checkpoint = Checkpoint(record, state, {name: tensor.cpu() for name, tensor in average.items()})
     run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoints.save_checkpoint(run_dir, checkpoint)
+    save_checkpoint(run_dir, checkpoint)
     return checkpoint
 
 

@@ -124,7 +124,7 @@ def measure_fidelity(
     frechet_floor = between_halves(grouped_frechet) if chosen.has_floor else None
     return Fidelity(
         extractor=extractor,
-        preprocessing=efficientnet.preprocessing() if preprocessing is None else preprocessing,
+        preprocessing=efficientnet.PREPROCESSING if preprocessing is None else preprocessing,
         protocol=PROTOCOL,
         kid=_estimate(grouped_kid(x, y, x_groups, y_groups), kid_floor, KID_INTERVAL, n, patients),
         frechet=_estimate(

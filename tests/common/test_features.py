@@ -1,5 +1,6 @@
 """The feature extractor: deterministic, batch-independent, and worth trusting on real images."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,13 @@ from torch.nn import functional as F
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="extractor packages (server extra) not installed")
 
-from polyclinic.common.features.efficientnet import FEATURE_WIDTH, SHORT_SIDE, extract, preprocessing
+from polyclinic.common.features.efficientnet import (
+    FEATURE_WIDTH,
+    PREPROCESSING,
+    SHORT_SIDE,
+    efficientnet,
+    extract,
+)
 from polyclinic.server.evaluation.fidelity import frechet_distance, grouped_kid
 
 XRAYS = Path(__file__).parents[3] / "shared/data/nih-chest-xray"
@@ -24,12 +31,14 @@ def _pictures(n: int, size: int, seed: int = 0) -> torch.Tensor:
 
 def test_features_are_deterministic_and_do_not_depend_on_the_batch() -> None:
     images = _pictures(5, 64)
-    features = extract(images, batch_size=5)
+    features = extract(images)
     assert features.shape == (5, FEATURE_WIDTH)
     assert features.dtype == torch.float32
     assert not features.requires_grad
-    assert torch.equal(features, extract(images, batch_size=5))
-    torch.testing.assert_close(extract(images, batch_size=2), features, atol=1e-5, rtol=1e-4)
+    assert torch.equal(features, extract(images))
+    torch.testing.assert_close(
+        replace(efficientnet(), batch_size=2).extract(images), features, atol=1e-5, rtol=1e-4
+    )
     # Different pictures must not collapse to one feature.
     assert float(torch.pdist(features).min()) > 0.1
 
@@ -44,8 +53,8 @@ def test_small_images_are_enlarged_and_large_ones_left_alone() -> None:
     assert not torch.allclose(extract(large), extract(shrunk), atol=1e-3)
     # Neither square nor a multiple of the network's stride.
     assert extract(torch.rand(1, 3, 50, 70)).isfinite().all()
-    assert "128" in preprocessing()
-    assert "127" in preprocessing()
+    assert "128" in PREPROCESSING
+    assert "127" in PREPROCESSING
 
 
 def test_weights_are_those_of_imagenet() -> None:
@@ -64,7 +73,8 @@ def test_weights_are_those_of_imagenet() -> None:
 
 def test_progress_counts_images() -> None:
     seen: list[tuple[int, int]] = []
-    extract(_pictures(5, 16), batch_size=2, on_progress=lambda done, total: seen.append((done, total)))
+    counted = replace(efficientnet(), batch_size=2)
+    counted.extract(_pictures(5, 16), on_progress=lambda done, total: seen.append((done, total)))
     assert seen == [(2, 5), (4, 5), (5, 5)]
     assert extract(torch.zeros(0, 3, 16, 16)).shape == (0, FEATURE_WIDTH)
 

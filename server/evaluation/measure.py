@@ -1,0 +1,125 @@
+"""Everything that is measured on one set of drawn images against the public reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from polyclinic.common.data.table import Record
+from polyclinic.common.features.efficientnet import efficientnet
+from polyclinic.common.features.extractor import Extractor
+from polyclinic.common.study import Study
+from polyclinic.server.evaluation.estimate import FEWEST_IMAGES, Fidelity, measure_fidelity
+from polyclinic.server.evaluation.features import FeatureStore
+from polyclinic.server.evaluation.probe import Faithfulness, measure_faithfulness
+from polyclinic.server.evaluation.results import MedvqaScores, NearCopies, PromptCosine, Utility
+from polyclinic.server.reference import Reference
+
+SHEET_COLUMNS = 6
+
+
+class Judgement(BaseModel):
+    """What was measured after a round.
+
+    Attributes:
+        round: 0 is the start.
+        columns: Draws of each prompt on the sample sheet.
+        fidelity: Distance to the reference; None below 50 images, where it would mean nothing.
+        faithfulness: Agreement with the prompts; None where the study names no concepts.
+        second: Fidelity on the study's other extractors.
+        cosine: CLIP-type agreement, where the study names a model.
+        utility: What the images are worth to train on.
+        near_copies: Images close to one of the public reference, by features and by pixels.
+        medvqa: The official MedVQA-GI 2025 scores, where the study asks for them.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    round: int
+    columns: int
+    fidelity: Fidelity | None
+    faithfulness: Faithfulness | None
+    second: list[Fidelity] = []
+    cosine: PromptCosine | None = None
+    utility: Utility | None = None
+    near_copies: list[NearCopies] = []
+    medvqa: MedvqaScores | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Synthetic images with what they were asked to show.
+
+    Attributes:
+        images: [N, 3, H, W] in [0, 1], a prompt's draws side by side.
+        prompts: Prompt of each image.
+        wanted: For each image, concept to the value its prompt asks for.
+    """
+
+    images: Tensor
+    prompts: list[str]
+    wanted: list[dict[str, str]]
+
+
+def drawn_for(study: Study, images: Tensor) -> Drawn:
+    """Say what each image of an evaluation was asked to show."""
+    each = [prompt for prompt in study.evaluation.prompts for _ in range(study.evaluation.draws)]
+    return Drawn(images, [prompt.text for prompt in each], [dict(prompt.labels) for prompt in each])
+
+
+def measure(number: int, drawn: Drawn, reference: Reference, study: Study, store: FeatureStore) -> Judgement:
+    """Measure what was drawn after a round.
+
+    Args:
+        number: The round.
+        drawn: The images.
+        reference: Public images, split by patient.
+        study: Says what is measured, and with what.
+        store: Gives features of both.
+    """
+    headline = efficientnet()
+    fidelity = faithfulness = None
+    if min(len(drawn.images), len(reference.evaluate)) >= FEWEST_IMAGES:
+        fidelity = _fidelity(headline, drawn, reference, study, store)
+    if study.reference.concepts and reference.probe:
+        faithfulness = _faithfulness(headline, drawn, reference, study, store)
+    columns = min(SHEET_COLUMNS, study.evaluation.draws)
+    return Judgement(round=number, columns=columns, fidelity=fidelity, faithfulness=faithfulness)
+
+
+def _fidelity(
+    extractor: Extractor, drawn: Drawn, reference: Reference, study: Study, store: FeatureStore
+) -> Fidelity:
+    return measure_fidelity(
+        store.of_images(extractor, drawn.images),
+        drawn.prompts,
+        store.of_records(extractor, reference.evaluate),
+        [record.patient for record in reference.evaluate],
+        study.reference.key,
+        preprocessing=extractor.preprocessing,
+    )
+
+
+def _faithfulness(
+    extractor: Extractor, drawn: Drawn, reference: Reference, study: Study, store: FeatureStore
+) -> Faithfulness:
+    concepts, evaluate, probe = study.reference.concepts, reference.evaluate, reference.probe
+    return measure_faithfulness(
+        store.of_images(extractor, drawn.images),
+        drawn.wanted,
+        drawn.prompts,
+        store.of_records(extractor, probe),
+        [known(record, concepts) for record in probe],
+        [record.patient for record in probe],
+        store.of_records(extractor, evaluate),
+        [known(record, concepts) for record in evaluate],
+        list(concepts),
+        [record.patient for record in evaluate],
+    )
+
+
+def known(record: Record, concepts: tuple[str, ...]) -> dict[str, str]:
+    """What a reference image's table says about the concepts."""
+    return {concept: record.labels[concept] for concept in concepts if record.labels.get(concept)}

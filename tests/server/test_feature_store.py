@@ -1,0 +1,62 @@
+"""Features are computed once for the same images and the same extractor, and never mixed up."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from polyclinic.common.data.table import Record
+from polyclinic.common.features.extractor import Extractor
+from polyclinic.server.evaluation.features import FeatureStore
+
+
+class Counting:
+    """Mean colour of an image times a factor; counts the images it was asked for."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor, self.seen = factor, 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.seen += len(images)
+        return images.mean(dim=(2, 3)) * self.factor
+
+
+def _extractor(forward: Counting, weights: str = "a") -> Extractor:
+    return Extractor("means", 3, "mean of each channel", weights, forward)
+
+
+def test_features_of_images_are_found_again_by_their_pixels(tmp_path: Path) -> None:
+    images = torch.rand(70, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    forward = Counting()
+    store = FeatureStore(tmp_path, 8, "crop")
+    found = store.of_images(_extractor(forward), images)
+    assert torch.allclose(found, images.mean(dim=(2, 3)))
+    # Another process: a new store over the same folder.
+    again = FeatureStore(tmp_path, 8, "crop").of_images(_extractor(forward), images.clone())
+    assert torch.equal(found, again)
+    assert forward.seen == 70
+
+    other = images.clone()
+    other[3, 0, 0, 0] = 1 - other[3, 0, 0, 0]
+    assert not torch.equal(store.of_images(_extractor(forward), other), found)
+    doubled = store.of_images(_extractor(Counting(2.0), weights="b"), images)
+    assert torch.allclose(doubled, 2 * found)
+
+
+def test_features_of_records_follow_the_files_content(tmp_path: Path) -> None:
+    records = []
+    for number, colour in enumerate([(255, 0, 0), (0, 255, 0)]):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (12, 8), colour).save(path)
+        records.append(Record(f"p{number}", path, ("x",)))
+    forward = Counting()
+    store = FeatureStore(tmp_path / "features", 8, "crop")
+    assert store.of_records(_extractor(forward), records).tolist() == [[1, 0, 0], [0, 1, 0]]
+    FeatureStore(tmp_path / "features", 8, "crop").of_records(_extractor(forward), records)
+    assert forward.seen == 2
+    # The same name, another picture; another way to make it square.
+    Image.new("RGB", (12, 8), (0, 0, 255)).save(records[0].image)
+    assert store.of_records(_extractor(forward), records).tolist()[0] == [0, 0, 1]
+    padded = FeatureStore(tmp_path / "features", 8, "pad").of_records(_extractor(forward), records)
+    assert 0 < float(padded[0, 2]) < 1
