@@ -48,7 +48,7 @@ from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study, load_study, parse_study
 from polyclinic.common.training import PrivateEngine
 from polyclinic.server.base import Base, prepare_base
-from polyclinic.server.checkpoints import Checkpoint, RoundRecord, save_checkpoint
+from polyclinic.server.checkpoints import Checkpoint, RoundRecord, load_checkpoint, rounds_done, save_checkpoint
 from polyclinic.server.evaluation import estimate, probe
 from polyclinic.server.evaluation.judge import Judge, read_judgement
 from polyclinic.server.evaluation.measure import Judgement
@@ -223,8 +223,8 @@ def trained(cell: Cell, study: Study, base: Base, bench: Bench, sigma: float) ->
     """Train a cell, or find its training: cells that differ by average or sampler share one."""
     what = [getattr(study, table).model_dump(mode="json") for table in ("generator", "privacy", "training")]
     run_dir = bench.home / "trained" / bench.name(what, sigma, cell.seed)
-    if checkpoints.rounds_done(run_dir):
-        return checkpoints.load_checkpoint(run_dir, ROUND)
+    if rounds_done(run_dir):
+        return load_checkpoint(run_dir, ROUND)
     device = pick_device(study.training.device)
     files, size, random = base.files, study.data.image_size, KeyedRandom.for_test(KEY, "one-site", cell.seed)
     family = generators.load_family(
