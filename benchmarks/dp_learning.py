@@ -47,11 +47,11 @@ from polyclinic.common.progress import duration, say, track
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study, load_study, parse_study
 from polyclinic.common.training import PrivateEngine
+from polyclinic.server import checkpoints
 from polyclinic.server.base import Base, prepare_base
-from polyclinic.server.checkpoints import Checkpoint, RoundRecord, load_checkpoint, rounds_done, save_checkpoint
-from polyclinic.server.evaluation import estimate, probe
+from polyclinic.server.checkpoints import Checkpoint, RoundRecord
+from polyclinic.server.evaluation import estimate, measure, probe
 from polyclinic.server.evaluation.judge import Judge, read_judgement
-from polyclinic.server.evaluation.measure import Judgement
 from polyclinic.server.reference import Reference, split_reference
 from polyclinic.simulation.data import make_federation
 
@@ -201,7 +201,7 @@ class Row(BaseModel):
 
     sigma: float | None
     seconds: float
-    judgement: Judgement | None
+    judgement: measure.Judgement | None
     failed: str = ""
 
 
@@ -223,8 +223,8 @@ def trained(cell: Cell, study: Study, base: Base, bench: Bench, sigma: float) ->
     """Train a cell, or find its training: cells that differ by average or sampler share one."""
     what = [getattr(study, table).model_dump(mode="json") for table in ("generator", "privacy", "training")]
     run_dir = bench.home / "trained" / bench.name(what, sigma, cell.seed)
-    if rounds_done(run_dir):
-        return load_checkpoint(run_dir, ROUND)
+    if checkpoints.rounds_done(run_dir):
+        return checkpoints.load_checkpoint(run_dir, ROUND)
     device = pick_device(study.training.device)
     files, size, random = base.files, study.data.image_size, KeyedRandom.for_test(KEY, "one-site", cell.seed)
     family = generators.load_family(
@@ -246,7 +246,7 @@ def trained(cell: Cell, study: Study, base: Base, bench: Bench, sigma: float) ->
     record = RoundRecord(round=ROUND, state_hash=hash_state(state), seconds=time.monotonic() - start)
     checkpoint = Checkpoint(record, state, {name: tensor.cpu() for name, tensor in average.items()})
     run_dir.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(run_dir, checkpoint)
+    checkpoints.save_checkpoint(run_dir, checkpoint)
     return checkpoint
 
 
@@ -262,7 +262,7 @@ def finished(cell: Cell, bench: Bench) -> Row | None:
     return Row.model_validate(json.loads(path.read_text())) if path.exists() else None
 
 
-def measure(cell: Cell, bench: Bench) -> Row:
+def measure_cell(cell: Cell, bench: Bench) -> Row:
     """Train a cell, draw the prompts, judge the images and keep the row."""
     study = study_of(cell, bench.sizes)
     folder = cell_folder(cell, study, bench)
@@ -318,7 +318,7 @@ def _settings(study: Study, sizes: Sizes) -> str:
     )
 
 
-def _measures(judged: Judgement) -> str:
+def _measures(judged: measure.Judgement) -> str:
     """Say what the numbers are, on how many images, and what real images score."""
     text = []
     if judged.faithfulness:
@@ -337,7 +337,7 @@ def _measures(judged: Judgement) -> str:
     return " ".join(text) + "\n"
 
 
-def _line(cell: Cell, row: Row, default: Judgement | None) -> str:
+def _line(cell: Cell, row: Row, default: measure.Judgement | None) -> str:
     epsilon = "–" if not cell.trained else "∞" if math.isinf(cell.epsilon) else f"{cell.epsilon:g}"
     values = [cell.factor, cell.level, epsilon, "–" if row.sigma is None else f"{row.sigma:.2f}"]
     faithfulness = row.judgement and row.judgement.faithfulness
@@ -386,7 +386,7 @@ def main() -> None:
     say(f"{len(chosen) - len(missing)} of {len(chosen)} cells are there already, in {bench.home}")
     with track("cells", len(missing)) as advance:
         for place in missing:
-            rows[place] = measure(chosen[place], bench)
+            rows[place] = measure_cell(chosen[place], bench)
             advance(1, f"{chosen[place].factor}: {chosen[place].level}")
     done = [(cell, row) for cell, row in zip(chosen, rows, strict=True) if row is not None]
     warning = "QUICK: sizes at which these numbers mean nothing.\n\n" if asked.quick else ""
