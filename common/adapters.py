@@ -7,21 +7,21 @@ A layer's update is `scale * B @ A`, with A `[r, in]` (a convolution's: `[r, in,
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.refusals import Refusal
+from polyclinic.common.settings import LoraRule
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
+# What the study's `federation.lora_aggregation` names:
 # freeze-a: A is drawn once and shared, only B is trained (FFA-LoRA, Sun et al. 2024, 2403.12313).
 # factors: A and B are trained and averaged each on its own, which misses the mean of their products.
 # stack: A and B are trained; the products are averaged exactly (FLoRA, Wang et al. 2024, 2409.05976).
 # alternate: B in odd rounds, A in even ones (RoLoRA, Chen et al. 2025, 2502.01755).
-Rule = Literal["freeze-a", "factors", "stack", "alternate"]
 
 
 def layers(names: Iterable[str]) -> list[str]:
@@ -30,7 +30,7 @@ def layers(names: Iterable[str]) -> list[str]:
     return sorted(n.removesuffix(A) for n in found if n.endswith(A) and n.removesuffix(A) + B in found)
 
 
-def trains(name: str, rule: Rule, round_number: int) -> bool:
+def trains(name: str, rule: LoraRule, round_number: int) -> bool:
     """Whether a round trains this tensor; what is no factor always is."""
     if rule == "freeze-a":
         return not name.endswith(A)
@@ -39,7 +39,7 @@ def trains(name: str, rule: Rule, round_number: int) -> bool:
     return True
 
 
-def trained(state: Tensors, rule: Rule, round_number: int) -> Tensors:
+def trained(state: Tensors, rule: LoraRule, round_number: int) -> Tensors:
     """The part of a state that a round trains, and of which replies hold the difference."""
     return {name: tensor for name, tensor in state.items() if trains(name, rule, round_number)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -194,6 +195,9 @@ class TrainingSettings(Section):
     )
 
 
+# How sites' adapters are trained and combined; common/adapters.py has the sources.
+LoraRule = Literal["freeze-a", "factors", "stack", "alternate"]
+
 # How tensors are written for the way: bf16 halves fp32, int8 quarters it on the way up.
 Transport = Literal["bf16", "fp32", "int8"]
 
@@ -231,6 +235,24 @@ class FederationSettings(Section):
     trim: float = Field(
         0.2, gt=0, lt=0.5, description="trimmed-mean: share of the sites cut off at both ends, by coordinate"
     )
+
+    lora_aggregation: LoraRule = Field(
+        "freeze-a",
+        description="of adapters B A: freeze-a trains B alone, whose mean is exact, with half the noise and "
+        "bytes; factors averages A and B apart, for comparison; stack averages the products exactly and cuts "
+        "them back to the rank; alternate trains B in odd rounds and A in even ones",
+    )
+
+    @model_validator(mode="after")
+    def _stacking_changes_the_basis(self) -> FederationSettings:
+        if self.lora_aggregation == "stack":
+            for name, plain in (("aggregation", "mean"), ("server_optimizer", "mean"), ("ema", 0.0)):
+                if getattr(self, name) != plain:
+                    raise ValueError(
+                        f'{name} works coordinate by coordinate, and lora_aggregation = "stack" gives the '
+                        f"adapters new coordinates every round: set {name} = {json.dumps(plain)}"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _weights_above_zero(self) -> FederationSettings:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from polyclinic.common.adapters import pad
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.refusals import Refusal
 from polyclinic.common.settings import Transport
@@ -35,7 +36,8 @@ def open_reply(
 
     Args:
         content: What a site sent, a Flower RecordDict.
-        like: The state of the round: names and shapes a difference must have.
+        like: What the round trains: names and shapes a difference must have. Adapters may be of a smaller
+            rank; they are padded to the study's.
         tap_like: Names and shapes the tap must have in this round; none where there is no tap.
         transport: How the study's differences are written.
 
@@ -56,7 +58,8 @@ def open_reply(
         if set(part.tensors) != set(wanted[what]):
             raise Refusal("bad-state", f"names differ, e.g. {min(set(part.tensors) ^ set(wanted[what]))}")
         for name, found in part.tensors.items():
-            if found.shape != wanted[what][name].shape:
+            # A difference may be of a smaller rank, which is seen when it is taken.
+            if what == TAP and found.shape != wanted[what][name].shape:
                 raise Refusal("bad-state", f"{name} is {found.kind}{found.shape}")
     tap = {name: parts[TAP].decode(name, "fp32") for name in sorted(tap_like or {})}
     check_like(tap, tap_like or {})
@@ -65,8 +68,11 @@ def open_reply(
         for name in sorted(like):
             tensor = parts[DIFFERENCE].decode(name, transport)
             if transport == "int8":
-                tensor = widen(tensor, parts[SCALE].decode(f"{SCALE}/{name}", "fp32"))
-            tensor = tensor.float()
+                scales = parts[SCALE].decode(f"{SCALE}/{name}", "fp32")
+                if scales.shape != (rows_of(tensor),):
+                    raise Refusal("bad-state", f"{SCALE}/{name} has shape {tuple(scales.shape)}")
+                tensor = widen(tensor, scales)
+            tensor = pad(name, tensor.float(), like[name])
             check_like({name: tensor}, {name: like[name]})
             yield name, tensor
 

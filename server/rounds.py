@@ -20,6 +20,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 
+from polyclinic.common.adapters import trained
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.generators.public import hash_state
 from polyclinic.common.privacy.tap import tap_like
@@ -29,7 +30,6 @@ from polyclinic.common.settings import Transport
 from polyclinic.common.study import Resolved
 from polyclinic.common.wire import ReplyFacts
 from polyclinic.common.wire_reading import RoundOrder, order_records
-from polyclinic.server.aggregation import advance
 from polyclinic.server.alarms import is_possible, misfit, round_alarms
 from polyclinic.server.checkpoints import (
     Checkpoint,
@@ -44,6 +44,7 @@ from polyclinic.server.progress_file import ABSENT, ASKED, NOT_HERE, REPLIED, Bo
 from polyclinic.server.replies import Incoming, as_sent, open_reply, payload_bytes
 from polyclinic.server.server_optimizer import moments_of
 from polyclinic.server.spool import Spooled, clear_spool, spool_folder, spool_path, write_tensors
+from polyclinic.server.stacking import step
 
 # Seconds between two looks for replies (they grow while nothing comes), for new sites, and before a
 # site is asked again (doubled each time).
@@ -223,7 +224,7 @@ def run_round(
         number=number,
         resolved=resolved,
         board=board,
-        like=before.state,
+        like=trained(before.state, settings.lora_aggregation, number),
         content=order_records(order, before.state, settings.transport),
         tap=tap_like(study.privacy.canaries if study.privacy.enabled else 0, last=last),
         longest=longest_difference(study, number, before.state),
@@ -247,7 +248,7 @@ def run_round(
     opened.content = None
     last_folder, spool = checkpoint_folder(board.run_dir, number - 1), spool_folder(board.run_dir, number)
     moments = moments_of(last_folder, spool, settings)
-    advance(before.state, before.average, opened.differences, settings, moments)
+    step(number, before.state, before.average, opened.differences, settings, moments)
     seconds = time.monotonic() - start
     say(
         f"round {number}: {len(opened.differences)} sites replied in {seconds:.1f} s"

@@ -19,9 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyclinic.common.adapters import A, B, layers
+from polyclinic.common.adapters import A, B, layers, rank_of
 from polyclinic.common.generators.base import Tensors
+from polyclinic.common.progress import say
 from polyclinic.common.settings import FederationSettings
+from polyclinic.server.aggregation import advance
+from polyclinic.server.server_optimizer import Moments
 from polyclinic.server.spool import Spooled
 
 
@@ -83,6 +86,35 @@ def stack(
     for name, tensor in state.items():
         average[name].copy_(tensor)
     return Loss(*(math.sqrt(lost / length) if length else 0.0 for length in (whole, moved)))
+
+
+def step(
+    number: int,
+    state: Tensors,
+    average: Tensors,
+    replies: Mapping[str, Spooled],
+    settings: FederationSettings,
+    moments: Moments,
+) -> None:
+    """Take the server's step by the study's rule, in place; say what it lost where it lost anything.
+
+    Args:
+        number: Of the round.
+        state: As in `aggregation.advance`.
+        average: As there.
+        replies: As there.
+        settings: As there.
+        moments: As there.
+    """
+    if settings.lora_aggregation != "stack" or not layers(state):
+        advance(state, average, replies, settings, moments)
+        return
+    weights = dict.fromkeys(replies, 1.0) if settings.weights == "equal" else settings.weights
+    loss = stack(state, average, replies, weights, settings)
+    say(
+        f"round {number}: adapters stacked and cut back to rank {rank_of(state)}; lost "
+        f"{100 * loss.of_product:.2g} % of their product, {100 * loss.of_update:.2g} % of this round's update"
+    )
 
 
 def refactorise(

@@ -121,7 +121,7 @@ def test_refusals_and_nonsense_are_recorded_by_site_and_code(tmp_path: Path) -> 
     assert record.rejected.pop("huge").startswith("1050 implausible-norm: 2.65e+03, at most ")
     assert record.rejected == {
         "nan": "1012 bad-state: a is not finite",
-        "shape": "1012 bad-state: a is BF16(4,)",
+        "shape": "1012 bad-state: a has shape (4,)",
         "changed": "1051 hash-mismatch: b",
         "other": "1011 bad-message: its study_hash is not this round's",
     }
