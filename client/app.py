@@ -20,6 +20,7 @@ from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from polyclinic.client.journal import note
+from polyclinic.client.ledger import open_ledger
 from polyclinic.client.policy import load_policy
 from polyclinic.client.readiness import check_ready
 from polyclinic.client.training import answer_round
@@ -54,6 +55,17 @@ def name(message: Message, context: Context) -> Message:
         if SIMULATED_SITES not in os.environ or "home" in context.node_config:
             raise Refusal("bad-message")  # a hospital's folder names are its own
         return RecordDict({"name": ConfigRecord({"site": home.name})})
+
+    return answer(message, context, work)
+
+
+@app.query("idle")
+def idle(message: Message, context: Context) -> Message:
+    """Say that no round is in work: a coordinator that has long heard nothing asks, then asks again."""
+
+    def work(home: Path, _: Callable[[], bool]) -> RecordDict:
+        with open_ledger(home):  # refuses where a round is in work
+            return RecordDict()
 
     return answer(message, context, work)
 

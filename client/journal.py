@@ -6,7 +6,7 @@ Nothing private is in it, no loss, count, prompt or exception text. Kinds, with 
 * `in`: `type`, `round` (as the coordinator labels it), `message` (its id), `sha256` and `bytes` of what was
   received, `created_at` (Unix seconds by the coordinator's clock).
 * `out`: `type`, `reply_to`, `sha256` and `bytes` of what was sent, `outcome`: `answered`, `answered again`
-  (from the store), a refusal's code and name, or `fault`.
+  (from the store; a question is one, too), a refusal's code and name, or `fault`.
 * `start`, `stop`: the node's processes. `approve`, `close`: `study`, `approval`.
 """
 

@@ -16,8 +16,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from polyclinic.common.study import Resolved
 from polyclinic.server.checkpoints import Checkpoint
+from polyclinic.server.link import Names, registered_names
 from polyclinic.server.node import PROBE
-from polyclinic.server.rounds import Names, registered_names, run_rounds
+from polyclinic.server.rounds import run_rounds
 
 
 def make_app(

@@ -10,15 +10,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import httpx
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 
 from polyclinic.common.adapters import trained
 from polyclinic.common.generators.base import Tensors
@@ -28,8 +25,8 @@ from polyclinic.common.progress import say
 from polyclinic.common.refusals import REASONS, Refusal, reason_of
 from polyclinic.common.settings import Transport
 from polyclinic.common.study import Resolved
-from polyclinic.common.wire import ReplyFacts
 from polyclinic.common.wire_reading import RoundOrder, order_records
+from polyclinic.server import silence
 from polyclinic.server.alarms import is_possible, misfit, round_alarms
 from polyclinic.server.checkpoints import (
     Checkpoint,
@@ -39,18 +36,18 @@ from polyclinic.server.checkpoints import (
     rounds_done,
     save_checkpoint,
 )
+from polyclinic.server.link import Link, Names, registered_names
+from polyclinic.server.open_round import OpenRound
 from polyclinic.server.plausible import longest_difference
 from polyclinic.server.progress_file import ABSENT, ASKED, NOT_HERE, REPLIED, Board
 from polyclinic.server.replies import Incoming, as_sent, open_reply, payload_bytes
 from polyclinic.server.server_optimizer import moments_of
-from polyclinic.server.spool import Spooled, clear_spool, spool_folder, spool_path, write_tensors
+from polyclinic.server.spool import clear_spool, spool_folder, spool_path, write_tensors
 from polyclinic.server.stacking import step
 
-# Seconds between two looks for replies (they grow while nothing comes), for new sites, and before a
-# site is asked again (doubled each time).
+# Seconds between two looks for replies (they grow while nothing comes), and for new sites.
 POLL_S, SLOWEST_POLL_S = 0.2, 2.0
 NAMES_S = 1.0
-ASK_AGAIN_S, SLOWEST_ASK_AGAIN_S = 5.0, 60.0
 
 # The way to the site broke, or the site is still busy with an earlier asking: nothing was refused.
 ASK_AGAIN = {
@@ -60,15 +57,6 @@ ASK_AGAIN = {
     ErrorCode.CLIENT_APP_CRASHED,
     REASONS["another-process"].code,
 }
-# What a grid raises while its SuperLink is away. (Refused connections it tries again by itself.)
-GRID_FAULTS = (httpx.HTTPError, ObjectPullError, ObjectPushError, ConnectionError, TimeoutError)
-
-Names = Callable[[Grid], dict[int, str]]
-
-
-def registered_names(grid: Grid) -> dict[int, str]:
-    """Node id to the site name it was registered under; nodes without one take no part."""
-    return {node.node_id: node.name for node in grid.get_nodes() if node.name}
 
 
 def run_rounds(
@@ -114,75 +102,6 @@ def run_rounds(
             after_round(checkpoint)
 
 
-@dataclass
-class _Round:
-    """A round while it is open.
-
-    Attributes:
-        like: Names and shapes of a difference.
-        content: What every site is sent.
-        tap: Names and shapes of the tap's tensors in this round.
-        longest: A longer difference is thrown away.
-        end: When it ends at the latest, on the monotonic clock.
-        everyone: Sites that should take part or were asked.
-        asked: How often each site was asked.
-        pending: Message to site.
-        again: Site to when it may be asked again.
-    """
-
-    number: int
-    resolved: Resolved
-    board: Board
-    like: Tensors
-    content: RecordDict
-    tap: Tensors
-    longest: float
-    end: float
-    everyone: set[str]
-    asked: dict[str, int] = field(default_factory=dict)
-    pending: dict[str, str] = field(default_factory=dict)
-    again: dict[str, float] = field(default_factory=dict)
-    differences: dict[str, Spooled] = field(default_factory=dict)
-    facts: dict[str, ReplyFacts] = field(default_factory=dict)
-    taps: dict[str, Tensors] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    rejected: dict[str, str] = field(default_factory=dict)
-    down: int = 0
-    up: int = 0
-
-    def outstanding(self) -> set[str]:
-        """Sites that may still answer."""
-        over = self.differences.keys() | self.rejected.keys() | (self.refused.keys() - self.again.keys())
-        return self.everyone - over
-
-
-class _Link:
-    """Flower's grid, while the SuperLink behind it comes and goes."""
-
-    def __init__(self, grid: Grid) -> None:
-        self.grid, self.away = grid, False
-
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call the grid; None where it cannot be reached, which is said once."""
-        try:
-            answer = function(*arguments)
-        except GRID_FAULTS as error:
-            if not self.away:
-                say(f"the SuperLink cannot be reached ({type(error).__name__}); trying again")
-            self.away = True
-            return None
-        if self.away:
-            say("the SuperLink is back")
-        self.away = False
-        return answer
-
-    def online(self, names: Names, resolved: Resolved) -> dict[str, int]:
-        """Site to node of those that are there now; where weights are given, of those that have one."""
-        weights = resolved.study.federation.weights
-        sites = {site: node for node, site in (self.call(names, self.grid) or {}).items()}
-        return {site: sites[site] for site in sorted(sites) if weights == "equal" or site in weights}
-
-
 def run_round(
     grid: Grid,
     resolved: Resolved,
@@ -212,7 +131,7 @@ def run_round(
         BadInput: The disk is full; the last checkpoint stands.
     """
     study, settings = resolved.study, resolved.study.federation
-    link = _Link(grid)
+    link = Link(grid)
     board.open(number, expected, settings.quorum or len(expected), settings.deadline_s)
     online = _wait_for_sites(link, names, resolved, number, expected)
     start = time.monotonic()
@@ -220,7 +139,7 @@ def run_round(
     sent_hash = hash_state(as_sent(before.state, settings.transport))
     order = RoundOrder(round=number, study_hash=resolved.hash)
     last = number == study.training.rounds
-    opened = _Round(
+    opened = OpenRound(
         number=number,
         resolved=resolved,
         board=board,
@@ -230,6 +149,7 @@ def run_round(
         longest=longest_difference(study, number, before.state),
         end=start + settings.deadline_s,
         everyone={site for site in expected if settings.weights == "equal" or site in settings.weights},
+        usual=before.record.seconds or settings.deadline_s / 4,
     )
     _collect(link, opened, names, online, known=bool(expected))
     absent = sorted(
@@ -272,7 +192,7 @@ def run_round(
 
 
 def _wait_for_sites(
-    link: _Link, names: Names, resolved: Resolved, number: int, expected: Sequence[str]
+    link: Link, names: Names, resolved: Resolved, number: int, expected: Sequence[str]
 ) -> dict[str, int]:
     """Wait until enough sites for a release are online: a round asked of fewer would be for nothing."""
     settings = resolved.study.federation
@@ -289,10 +209,10 @@ def _wait_for_sites(
     return online
 
 
-def _collect(link: _Link, opened: _Round, names: Names, online: dict[str, int], *, known: bool) -> None:
+def _collect(link: Link, opened: OpenRound, names: Names, online: dict[str, int], *, known: bool) -> None:
     """Ask sites as they appear and take replies as they come, until the round is over."""
     settings = opened.resolved.study.federation
-    looked, pause, grace = time.monotonic(), POLL_S, False
+    looked, pause = time.monotonic(), POLL_S
     while (now := time.monotonic()) < opened.end:
         missing = not known or opened.again or opened.everyone - opened.asked.keys()
         if missing and now - looked >= NAMES_S:
@@ -304,15 +224,15 @@ def _collect(link: _Link, opened: _Round, names: Names, online: dict[str, int], 
         for message_id in list(opened.pending):
             if time.monotonic() >= opened.end:
                 break
-            # One at a time, and none kept: a reply is as large as the state.
-            replies = list(link.call(link.grid.pull_messages, [message_id]) or ())
-            while replies:
-                heard = _take(opened, replies.pop()) or heard
-            quorum = min(settings.quorum or len(opened.everyone), len(opened.everyone))
-            if not grace and len(opened.differences) >= quorum:
-                grace = True
-                opened.end = min(opened.end, time.monotonic() + settings.grace_s)
-                opened.board.phase("training", opened.end - time.monotonic())
+            heard = _pull(link, opened, message_id) or heard
+            opened.begin_grace()
+        for site in silence.idle(link, opened):
+            for message_id in opened.waiting(site):  # what it has sent before it said so
+                heard = _pull(link, opened, message_id) or heard
+            opened.begin_grace()
+            if site in opened.outstanding() - opened.again.keys():
+                _ask(link, opened, site, online[site])
+        silence.question(link, opened, online)
         waiting = opened.outstanding()
         if not waiting or len(opened.differences) + len(waiting) < settings.min_sites:
             return
@@ -321,7 +241,17 @@ def _collect(link: _Link, opened: _Round, names: Names, online: dict[str, int], 
             time.sleep(max(0.0, min(pause, opened.end - time.monotonic())))
 
 
-def _ask(link: _Link, opened: _Round, site: str, node: int) -> None:
+def _pull(link: Link, opened: OpenRound, message_id: str) -> bool:
+    """Take the reply to a message, if it is there; False where nothing was heard."""
+    # One at a time, and none kept: a reply is as large as the state.
+    replies = list(link.call(link.grid.pull_messages, [message_id]) or ())
+    heard = False
+    while replies:
+        heard = _take(opened, replies.pop()) or heard
+    return heard
+
+
+def _ask(link: Link, opened: OpenRound, site: str, node: int) -> None:
     """Send the round to a site, to be answered before the round ends."""
     message = Message(
         opened.content,
@@ -332,13 +262,14 @@ def _ask(link: _Link, opened: _Round, site: str, node: int) -> None:
     )
     opened.everyone.add(site)
     opened.asked[site] = opened.asked.get(site, 0) + 1
+    opened.since[site] = time.monotonic()
     opened.again.pop(site, None)
     opened.refused.pop(site, None)
     ids = list(link.call(link.grid.push_messages, [message]) or ())
     if not ids or not ids[0]:
         if not link.away:
             say(f"round {opened.number}: {site} could not be asked; Flower's log says why; trying again")
-        _ask_later(opened, site)
+        opened.ask_later(site)
         return
     opened.pending[ids[0]] = site
     size = payload_bytes(opened.content)
@@ -346,13 +277,7 @@ def _ask(link: _Link, opened: _Round, site: str, node: int) -> None:
     opened.board.site(site, ASKED, down=size)
 
 
-def _ask_later(opened: _Round, site: str) -> None:
-    """Ask a site again after a pause, which doubles: it may be down for hours."""
-    pause = min(ASK_AGAIN_S * 2.0 ** (opened.asked[site] - 1), SLOWEST_ASK_AGAIN_S)
-    opened.again[site] = time.monotonic() + pause
-
-
-def _take(opened: _Round, reply: Message) -> bool:
+def _take(opened: OpenRound, reply: Message) -> bool:
     """Keep a reply on disk, or say why not; False where it answers nothing that was asked."""
     site = opened.pending.pop(reply.metadata.reply_to_message_id, None)
     if site is None:
@@ -361,13 +286,20 @@ def _take(opened: _Round, reply: Message) -> bool:
         code = reply.error.code
         reason = reason_of(code) or REASONS["site-fault"]
         why = f"{reason.code} {reason.name}"
+        if code in ASK_AGAIN and opened.waiting(site):
+            return True  # it was asked twice, and the other message may still be answered
         if code in ASK_AGAIN:
             say(f"round {opened.number}: {site} could not answer (code {code}); it is asked again")
-            _ask_later(opened, site)
+            opened.ask_later(site)
+        else:
+            opened.settle(site)
         if code not in ASK_AGAIN or reason_of(code):
             opened.refused[site] = why
         opened.board.site(site, f"refused: {why}" if site in opened.refused else NOT_HERE)
         return True
+    opened.settle(site)
+    size = payload_bytes(reply.content)
+    opened.up += size
     path = spool_path(opened.board.run_dir, opened.number, site)
     try:
         incoming = _open(reply, opened.like, opened.tap, opened.resolved.study.federation.transport)
@@ -383,8 +315,7 @@ def _take(opened: _Round, reply: Message) -> bool:
         opened.board.site(site, f"rejected: {opened.rejected[site]}")
         return True
     opened.differences[site], opened.facts[site], opened.taps[site] = spooled, incoming.facts, incoming.tap
-    size = payload_bytes(reply.content)
-    opened.up += size
+    opened.took[site] = time.monotonic() - opened.since[site]
     opened.board.site(site, REPLIED, up=size, epsilon=incoming.facts.epsilon)
     return True
 

@@ -17,11 +17,11 @@ from polyclinic.server.app import make_app
 from polyclinic.server.base import Base, prepare_base
 from polyclinic.server.checkpoints import rounds_done
 from polyclinic.server.evaluation.judge import Judge
+from polyclinic.server.link import registered_names
 from polyclinic.server.plan import plan
 from polyclinic.server.reference import split_reference
 from polyclinic.server.report.html import write_report
 from polyclinic.server.report.metrics import CostRow, Metrics
-from polyclinic.server.rounds import registered_names
 from polyclinic.server.run_folder import open_run_folder
 from polyclinic.server.summary import cost_rows, summarise
 from polyclinic.simulation.data import Federation, make_federation

@@ -13,9 +13,10 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from polyclinic.client import training
+from polyclinic.client import launcher, training
 from polyclinic.client.app import SIMULATED_SITES, app
-from polyclinic.client.ledger import read_lines
+from polyclinic.client.journal_view import read_journal
+from polyclinic.client.ledger import open_ledger, read_lines
 from polyclinic.client.ledger_books import open_books
 from polyclinic.client.training import answer_round
 from polyclinic.common.files import canonical_json, sha256_file
@@ -290,6 +291,25 @@ def test_a_hospital_does_not_say_its_folders_name(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv(SIMULATED_SITES, f"{tmp_path}/a:{tmp_path}/b")
     assert query({"home": str(tmp_path / "ward-7")}).error.code == REASONS["bad-message"].code
     assert query({"partition-id": 1}).content["name"]["site"] == "b"
+
+
+def test_an_idle_site_says_so_and_one_at_work_does_not(make_site: Any) -> None:
+    site = make_site()
+    site.approve()
+    before = (site.home / "ledger.jsonl").read_bytes()
+
+    def question() -> Message:
+        message = Message(RecordDict(), dst_node_id=2, message_type="query.idle", group_id="1", ttl=60.0)
+        message.metadata.__dict__["_message_id"] = "m"
+        config = {"home": str(site.home)}
+        context = Context(run_id=1, node_id=2, node_config=config, state=RecordDict(), run_config={})
+        return launcher._installed()(message=message, context=context)
+
+    assert dict(question().content) == {}  # rule 12: nothing leaves with it
+    with open_ledger(site.home):
+        assert question().error.code == REASONS["another-process"].code
+    assert (site.home / "ledger.jsonl").read_bytes() == before
+    assert [line["type"] for line in read_journal(site.home)[0][-4:]] == ["query.idle"] * 4
 
 
 def test_order_for_an_unknown_study_reveals_nothing(make_site: Any) -> None:

@@ -1,14 +1,29 @@
-"""The one number that Flower's SuperNode would send of its own accord stays at the site."""
+"""What we change in Flower's SuperNode: a number that stays at the site, a reply that is not given up."""
 
 import inspect
+from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import fleet_http_connection, start_client_internal
+from flwr.supernode import start_client_internal as node
 from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState, TimeEntry
 
 from polyclinic.client import supernode
+
+
+@pytest.fixture(autouse=True)
+def _unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put Flower's own back after each test, and start no node."""
+    for place, name in ((node, supernode.PUSHES), (InMemoryNodeState, supernode.MEASURES)):
+        monkeypatch.setattr(place, name, getattr(place, name))
+    monkeypatch.setattr(supernode, "flower_supernode", lambda: None)
 
 
 def test_flower_still_asks_where_we_answer() -> None:
@@ -21,16 +36,51 @@ def test_flower_still_asks_where_we_answer() -> None:
     assert type(state) is InMemoryNodeState
 
 
-def test_no_duration_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(InMemoryNodeState, supernode.MEASURES, getattr(InMemoryNodeState, supernode.MEASURES))
-    monkeypatch.setattr(supernode, "flower_supernode", lambda: None)
+def test_no_duration_is_told() -> None:
     supernode.main()
     state = NodeStateFactory(objectstore_factory=ObjectStoreFactory()).state()
     state.time_store["m"] = TimeEntry(starting_at=1.0, finished_at=9.0)
     assert state.get_message_processing_duration("m") == 0.0
 
 
-def test_another_flower_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(InMemoryNodeState, supernode.MEASURES)
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_piece_that_is_refused_keeps_no_other_from_being_sent(
+    ours: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A connection breaks after a piece was stored, before that was said: it is sent twice and refused."""
+    if ours:
+        supernode.main()
+    stores = ObjectStoreFactory()
+    state, store = NodeStateFactory(objectstore_factory=stores).state(), stores.store()
+    state.set_node_id(2)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    asked = Message(RecordDict(), dst_node_id=2, message_type="train", ttl=60.0)
+    asked.metadata.__dict__["_message_id"] = "m"
+    TaskIdentity.node_id = 2
+    arrays = ArrayRecord({name: Array(np.full(3, place)) for place, name in enumerate("abcd")})
+    reply = Message(RecordDict({"arrays": arrays}), reply_to=asked)
+    node._insert_message(reply, state, store)
+    pieces = [tree.object_id for tree in iterate_object_tree(get_object_tree(reply))]
+    arrived: list[str] = []
+
+    def push(_run: int, _session: str, piece: str, _content: bytes) -> None:
+        if piece not in arrived:
+            arrived.append(piece)
+        if piece == pieces[0]:
+            raise ObjectPushError(piece, 1, "session")  # what Flower says to the second sending
+
+    node._push_messages(state, store, send=lambda *_: (set(pieces), "session"), push_object=push)
+    assert (sorted(arrived) == sorted(pieces)) is ours
+    assert ("there already" in capsys.readouterr().err) is ours
+    assert not state.get_messages_legacy(is_reply=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [(InMemoryNodeState, supernode.MEASURES), (node, supernode.PUSHES)]
+)
+def test_another_flower_is_refused_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, place: Any, name: str
+) -> None:
+    monkeypatch.delattr(place, name)
     with pytest.raises(SystemExit, match="install the tested release"):
         supernode.main()

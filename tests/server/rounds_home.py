@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 
@@ -19,13 +19,17 @@ from polyclinic.common.refusals import REASONS
 from polyclinic.common.study import CODE_VERSION, Resolved, parse_study
 from polyclinic.common.wire import ReplyFacts, pack_reply, reply_records
 from polyclinic.common.wire_reading import read_order
-from polyclinic.server import rounds
+from polyclinic.server import open_round, rounds, silence
 from polyclinic.server.checkpoints import Checkpoint, RoundRecord
 from polyclinic.server.progress_file import Board
 from polyclinic.server.rounds import run_round
 from polyclinic.simulation.grid import InProcessGrid, _identify
 
-SECONDS = {"POLL_S": 0.01, "SLOWEST_POLL_S": 0.05, "NAMES_S": 0.02, "ASK_AGAIN_S": 0.05}
+SECONDS = {
+    rounds: {"POLL_S": 0.01, "SLOWEST_POLL_S": 0.05, "NAMES_S": 0.02},
+    open_round: {"ASK_AGAIN_S": 0.05},
+    silence: {"SILENT_S": 0.2, "QUESTION_S": 0.3},
+}
 
 Answer = Callable[[Message], Message]
 
@@ -57,8 +61,9 @@ def facts_for(message: Message, **changes: Any) -> ReplyFacts:
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look often: what is tested is what happens, not how long a pause is."""
-    for name, seconds in SECONDS.items():
-        monkeypatch.setattr(rounds, name, seconds)
+    for module, pauses in SECONDS.items():
+        for name, seconds in pauses.items():
+            monkeypatch.setattr(module, name, seconds)
 
 
 def start_state() -> Tensors:
@@ -130,6 +135,10 @@ class Sites(InProcessGrid):  # type: ignore[misc]
         @app.train()  # type: ignore[untyped-decorator]
         def train(message: Message, context: Context) -> Message:
             return answers[Path(str(context.node_config["home"])).name](message)
+
+        @app.query("idle")  # type: ignore[untyped-decorator]
+        def idle(message: Message, context: Context) -> Message:
+            return Message(RecordDict(), reply_to=message)
 
         _identify(1)
         super().__init__([Path("/sites") / name for name in answers], app)

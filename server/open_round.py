@@ -1,0 +1,94 @@
+"""A round while it is open: who was asked when, who has answered, what is still out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from polyclinic.common.generators.base import Tensors
+from polyclinic.common.study import Resolved
+from polyclinic.common.wire import ReplyFacts
+from polyclinic.server.progress_file import Board
+from polyclinic.server.spool import Spooled
+
+# Seconds before a site is asked again (doubled each time).
+ASK_AGAIN_S, SLOWEST_ASK_AGAIN_S = 5.0, 60.0
+
+
+@dataclass
+class OpenRound:
+    """A round while it is open.
+
+    Attributes:
+        like: Names and shapes of a difference.
+        content: What every site is sent, a Flower RecordDict.
+        tap: Names and shapes of the tap's tensors in this round.
+        longest: A longer difference is thrown away.
+        end: When it ends at the latest, on the monotonic clock.
+        everyone: Sites that should take part or were asked.
+        usual: Seconds in which a site should have answered, as far as nothing else is known.
+        asked: How often each site was asked.
+        since: When it was asked last, on the monotonic clock.
+        took: Seconds from then to its reply.
+        pending: Message to site; a site that was asked again may have several.
+        again: Site to when it may be asked again.
+        questions: Question whether it is at work (silence.py) to the site that was asked it.
+        questioned: How often it was.
+        grace: The quorum has answered.
+    """
+
+    number: int
+    resolved: Resolved
+    board: Board
+    like: Tensors
+    content: Any
+    tap: Tensors
+    longest: float
+    end: float
+    everyone: set[str]
+    usual: float
+    asked: dict[str, int] = field(default_factory=dict)
+    since: dict[str, float] = field(default_factory=dict)
+    took: dict[str, float] = field(default_factory=dict)
+    pending: dict[str, str] = field(default_factory=dict)
+    again: dict[str, float] = field(default_factory=dict)
+    questions: dict[str, str] = field(default_factory=dict)
+    questioned: dict[str, int] = field(default_factory=dict)
+    differences: dict[str, Spooled] = field(default_factory=dict)
+    facts: dict[str, ReplyFacts] = field(default_factory=dict)
+    taps: dict[str, Tensors] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+    down: int = 0
+    up: int = 0
+    grace: bool = False
+
+    def outstanding(self) -> set[str]:
+        """Sites that may still answer."""
+        over = self.differences.keys() | self.rejected.keys() | (self.refused.keys() - self.again.keys())
+        return self.everyone - over
+
+    def begin_grace(self) -> None:
+        """Where the quorum has answered, let the round end soon."""
+        settings = self.resolved.study.federation
+        quorum = min(settings.quorum or len(self.everyone), len(self.everyone))
+        if not self.grace and len(self.differences) >= quorum:
+            self.grace = True
+            self.end = min(self.end, time.monotonic() + settings.grace_s)
+            self.board.phase("training", self.end - time.monotonic())
+
+    def waiting(self, site: str) -> list[str]:
+        """Messages that a site may still answer."""
+        return [message for message, other in self.pending.items() if other == site]
+
+    def ask_later(self, site: str) -> None:
+        """Ask a site again after a pause, which doubles: it may be down for hours."""
+        pause = min(ASK_AGAIN_S * 2.0 ** (self.asked[site] - 1), SLOWEST_ASK_AGAIN_S)
+        self.again[site] = time.monotonic() + pause
+
+    def settle(self, site: str) -> None:
+        """Wait for nothing more from a site: it has answered for good."""
+        self.again.pop(site, None)
+        for message in self.waiting(site):
+            del self.pending[message]
