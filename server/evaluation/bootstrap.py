@@ -66,6 +66,37 @@ def balanced_accuracy_draws(
     return draws_from_counts(classes, bootstrap.weights)
 
 
+def paired_draws(
+    better: list[str], base: list[str], given: list[str], rows: list[int], bootstrap: Bootstrap
+) -> Tensor:
+    """Draw differences of two balanced accuracies on the same images.
+
+    The pseudo-group of each class is half won and half lost by each side (Jeffreys): where both sides
+    gave the same answers, all that is known is that they seldom differ.
+
+    Args:
+        better: Predicted label of each of the rows.
+        base: The other side's.
+        given: True label of each of them.
+        rows: Which rows of the bootstrap's set they are.
+        bootstrap: Weights of that set's groups.
+
+    Returns:
+        Accuracy of `better` less accuracy of `base`, [RESAMPLES], float64.
+    """
+    generator = torch.Generator().manual_seed(2)
+    ids, count = bootstrap.ids[rows], bootstrap.weights.shape[1]
+    wins = torch.tensor([(a == g) - (b == g) for a, b, g in zip(better, base, given, strict=True)])
+    differences = []
+    for label in sorted(set(given)):
+        of_class = torch.tensor([value == label for value in given])
+        images = torch.bincount(ids[of_class], minlength=count).double()
+        won = torch.bincount(ids[of_class], weights=wins[of_class].double(), minlength=count)
+        up, down = _pseudo_group(images, generator)
+        differences.append((bootstrap.weights @ won + up - down) / (bootstrap.weights @ images + up + down))
+    return torch.stack(differences).mean(dim=0)
+
+
 def draws_from_counts(classes: Sequence[Sequence[Tensor]], weights: Tensor) -> Tensor:
     """Draw balanced accuracies from what each group has of each class.
 
@@ -83,10 +114,14 @@ def draws_from_counts(classes: Sequence[Sequence[Tensor]], weights: Tensor) -> T
     generator = torch.Generator().manual_seed(1)
     recalls = []
     for images, hits in classes:
-        size = images.sum() / (images > 0).sum()
-        # Half a squared normal is Gamma(1/2): half of the pseudo-group's weight.
-        right, wrong = (
-            0.5 * torch.randn(2, RESAMPLES, generator=generator, dtype=torch.float64).square() * size
-        )
+        right, wrong = _pseudo_group(images, generator)
         recalls.append((weights @ hits + right) / (weights @ images + right + wrong))
     return torch.stack(recalls).mean(dim=0)
+
+
+def _pseudo_group(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw the two halves of a pseudo-group as large as the mean group that has images of a class."""
+    size = images.sum() / (images > 0).sum()
+    # Half a squared normal is Gamma(1/2): half of the pseudo-group's weight.
+    halves = 0.5 * torch.randn(2, RESAMPLES, generator=generator, dtype=torch.float64).square() * size
+    return halves[0], halves[1]

@@ -8,28 +8,27 @@ not used: they handle "no polyp" badly (facts/evaluation.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from polyclinic.common.refusals import BadInput
-from polyclinic.server.evaluation.bootstrap import (
-    Bootstrap,
-    balanced_accuracy_draws,
-    draw_weights,
-    draws_from_counts,
+from polyclinic.server.evaluation.answers import (
+    INTERVAL,
+    OVERALL,
+    Labels,
+    ask,
+    check_disjoint,
+    check_rows,
+    estimate,
 )
+from polyclinic.server.evaluation.bootstrap import Bootstrap, draw_weights, draws_from_counts
 from polyclinic.server.evaluation.estimate import Estimate
-from polyclinic.server.evaluation.linear_probe import Probe, train_probe
+from polyclinic.server.evaluation.linear_probe import train_probe
 
 # Raise it whenever a number would change for the same images.
 PROTOCOL = "polyclinic-faithfulness-1"
-INTERVAL = "95 % Bayesian bootstrap over {unit}, class by class"
-OVERALL = "overall"
-
-Labels = dict[str, str]
 
 
 class ConceptFaithfulness(BaseModel):
@@ -119,17 +118,12 @@ def measure_faithfulness(
         BadInput: Sets that do not fit together, features that are not finite, patients on both
             sides of the ceiling, a wanted value the probe part never shows, or nothing to measure.
     """
-    _check("synthetic", synthetic_features, [wanted, prompt_groups], synthetic_features.shape[-1])
-    _check("probe", probe_features, [probe_labels, probe_patients], synthetic_features.shape[-1])
-    _check("holdout", holdout_features, [holdout_labels], synthetic_features.shape[-1])
+    check_rows("synthetic", synthetic_features, [wanted, prompt_groups], synthetic_features.shape[-1])
+    check_rows("probe", probe_features, [probe_labels, probe_patients], synthetic_features.shape[-1])
+    check_rows("holdout", holdout_features, [holdout_labels], synthetic_features.shape[-1])
     if holdout_patients is not None:
-        _check("holdout", holdout_features, [holdout_patients], synthetic_features.shape[-1])
-        shared = set(holdout_patients) & set(probe_patients)
-        if shared:
-            raise BadInput(
-                f"{len(shared)} patients, such as {min(shared)}, are both in the probe part and in the "
-                "holdout; split the reference by patient"
-            )
+        check_rows("holdout", holdout_features, [holdout_patients], synthetic_features.shape[-1])
+        check_disjoint(probe_patients, holdout_patients)
     prompts = draw_weights(prompt_groups, "prompts")
     patients = None if holdout_patients is None else draw_weights(holdout_patients, "held-out patients")
 
@@ -153,12 +147,12 @@ def measure_faithfulness(
             [probe_labels[i][concept] for i in known],
             [probe_patients[i] for i in known],
         )
-        answers.append(_ask(probe, synthetic_features, wanted, concept, asked, prompts))
+        answers.append(ask(probe, synthetic_features, wanted, concept, asked, prompts))
         tallies += _tally(probe.predict(synthetic_features[asked]), wanted, concept, asked, prompt_groups)
         seen = [i for i, labels in enumerate(holdout_labels) if labels.get(concept) in values]
         ceiling = None
         if {holdout_labels[i][concept] for i in seen} == set(values):
-            ceiling = _ask(probe, holdout_features, holdout_labels, concept, seen, patients)
+            ceiling = ask(probe, holdout_features, holdout_labels, concept, seen, patients)
             ceilings.append(ceiling)
         else:
             warnings.append(f"{concept}: no ceiling; the held-out real images do not show all its values.")
@@ -167,8 +161,8 @@ def measure_faithfulness(
             ConceptFaithfulness(
                 concept=concept,
                 counts=counts,
-                accuracy=_estimate(answers[-1:], prompts),
-                real=None if ceiling is None else _estimate([ceiling], patients),
+                accuracy=estimate(answers[-1:], prompts),
+                real=None if ceiling is None else estimate([ceiling], patients),
                 chance=1 / len(values),
             )
         )
@@ -177,9 +171,9 @@ def measure_faithfulness(
     overall = ConceptFaithfulness(
         concept=OVERALL,
         counts={},
-        accuracy=_estimate(answers, prompts),
+        accuracy=estimate(answers, prompts),
         # A ceiling over fewer concepts than the accuracy would not be its ceiling.
-        real=_estimate(ceilings, patients) if len(ceilings) == len(rows) else None,
+        real=estimate(ceilings, patients) if len(ceilings) == len(rows) else None,
         chance=sum(row.chance for row in rows) / len(rows),
     )
     return Faithfulness(rows=rows, overall=overall, protocol=PROTOCOL, warnings=warnings, tallies=tallies)
@@ -242,89 +236,3 @@ def _tally(
         Tally(concept=concept, prompt=prompt, wanted=value, images=images, hits=hits)
         for (prompt, value), (images, hits) in found.items()
     ]
-
-
-def balanced_accuracy(predicted: Sequence[str], wanted: Sequence[str]) -> float:
-    """Mean, over the classes that were wanted, of the share of their images predicted right.
-
-    A constant guess scores 1 / classes whatever the class sizes.
-
-    Raises:
-        ValueError: The lists differ in length or are empty.
-    """
-    if len(predicted) != len(wanted) or not wanted:
-        raise ValueError(
-            f"need as many predictions as labels and at least one, got {len(predicted)}, {len(wanted)}"
-        )
-    recalls = []
-    for label in sorted(set(wanted)):
-        hits = [p == label for p, w in zip(predicted, wanted, strict=True) if w == label]
-        recalls.append(sum(hits) / len(hits))
-    return sum(recalls) / len(recalls)
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """How well the probe's answers fit, for the rows that have a value of one concept.
-
-    Attributes:
-        rows: These rows.
-        value: Balanced accuracy.
-        draws: Its bootstrap draws, [RESAMPLES]; None where the groups are not known.
-    """
-
-    rows: list[int]
-    value: float
-    draws: Tensor | None
-
-
-def _ask(
-    probe: Probe,
-    features: Tensor,
-    labels: Sequence[Labels],
-    concept: str,
-    rows: list[int],
-    bootstrap: Bootstrap | None,
-) -> _Answer:
-    """Compare the probe's answers on these rows with their labels."""
-    given, predicted = [labels[row][concept] for row in rows], probe.predict(features[rows])
-    draws = None if bootstrap is None else balanced_accuracy_draws(predicted, given, rows, bootstrap)
-    return _Answer(rows, balanced_accuracy(predicted, given), draws)
-
-
-def _estimate(answers: Sequence[_Answer], bootstrap: Bootstrap | None) -> Estimate:
-    """Mean over answers (one a concept) with the 2.5 % and 97.5 % quantiles of the mean's draws."""
-    value = sum(answer.value for answer in answers) / len(answers)
-    rows = {row for answer in answers for row in answer.rows}
-    draws = [answer.draws for answer in answers if answer.draws is not None]
-    low, high, interval, groups = None, None, "none: the groups of the images are not known", 0
-    if bootstrap is not None:
-        ends = (
-            torch.stack(draws)
-            .mean(dim=0)
-            .quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-            .tolist()
-        )
-        # The pseudo-group pulls towards one half; an interval without its own estimate misleads.
-        low, high = min(ends[0], value), max(ends[1], value)
-        interval = INTERVAL.format(unit=bootstrap.unit)
-        groups = len({bootstrap.groups[row] for row in rows})
-    return Estimate(
-        value=value, low=low, high=high, interval=interval, n=len(rows), groups=groups, floor=None, ratio=None
-    )
-
-
-def _check(side: str, features: Tensor, columns: Sequence[Sequence[object]], width: int) -> None:
-    """Refuse features that do not fit their labels and groups, or are not finite."""
-    if features.ndim != 2 or features.shape[1] != width or any(len(c) != len(features) for c in columns):
-        raise BadInput(
-            f"the {side} features have shape {tuple(features.shape)}, their labels and groups lengths "
-            f"{[len(column) for column in columns]}, and the width must be {width}; "
-            "give one row an image, from the same extractor on every side"
-        )
-    broken = int((~torch.isfinite(features)).any(dim=1).sum())
-    if broken:
-        raise BadInput(
-            f"{broken} of {len(features)} {side} images have features that are not finite; "
-            "look at these images before measuring"
-        )

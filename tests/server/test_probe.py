@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from polyclinic.common.refusals import BadInput
+from polyclinic.server.evaluation.answers import balanced_accuracy
 from polyclinic.server.evaluation.bootstrap import balanced_accuracy_draws, draw_weights
 from polyclinic.server.evaluation.linear_probe import FOLDS, _folds, train_probe
 from polyclinic.server.evaluation.probe import (
     Faithfulness,
-    balanced_accuracy,
     faithfulness_change,
     measure_faithfulness,
 )
