@@ -11,7 +11,6 @@ from torch import Tensor
 from polyclinic.common.refusals import BadInput
 from polyclinic.server.evaluation.bootstrap import Bootstrap, balanced_accuracy_draws, paired_draws
 from polyclinic.server.evaluation.estimate import Estimate
-from polyclinic.server.evaluation.linear_probe import Probe
 
 INTERVAL = "95 % Bayesian bootstrap over {unit}, class by class"
 OVERALL = "overall"
@@ -44,17 +43,17 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Answer:
-    """A probe's answers for one concept, or the difference of two probes' answers.
+    """A share of right answers, or a difference of two.
 
     Attributes:
         rows: Rows that were asked.
-        value: Balanced accuracy, or its difference.
-        draws: Its bootstrap draws, [RESAMPLES]; None where the groups are not known.
+        value: The share.
+        draws: Its bootstrap draws, [RESAMPLES].
     """
 
     rows: list[int]
     value: float
-    draws: Tensor | None
+    draws: Tensor
 
 
 def balanced_accuracy(predicted: Sequence[str], wanted: Sequence[str]) -> float:
@@ -77,78 +76,71 @@ def balanced_accuracy(predicted: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 def ask(
-    probe: Probe,
-    features: Tensor,
-    labels: Sequence[Labels],
-    concept: str,
-    rows: list[int],
-    bootstrap: Bootstrap | None,
+    predicted: Sequence[str], known: Labelled, concept: str, rows: list[int], bootstrap: Bootstrap
 ) -> Answer:
-    """Compare the probe's answers on these rows with their labels."""
-    given, predicted = [labels[row][concept] for row in rows], probe.predict(features[rows])
-    draws = None if bootstrap is None else balanced_accuracy_draws(predicted, given, rows, bootstrap)
+    """Balanced accuracy of predictions for these rows."""
+    given = [known.labels[row][concept] for row in rows]
+    draws = balanced_accuracy_draws(predicted, given, rows, bootstrap)
     return Answer(rows, balanced_accuracy(predicted, given), draws)
 
 
 def ask_both(
-    better: Probe, base: Probe, known: Labelled, concept: str, rows: list[int], bootstrap: Bootstrap
+    better: Sequence[str],
+    base: Sequence[str],
+    known: Labelled,
+    concept: str,
+    rows: list[int],
+    bootstrap: Bootstrap,
 ) -> Answer:
-    """Balanced accuracy of one probe less another's on the same rows, paired image by image."""
+    """Balanced accuracy of some predictions less that of others for the same rows, paired."""
     given = [known.labels[row][concept] for row in rows]
-    answers = [probe.predict(known.features[rows]) for probe in (better, base)]
-    value = balanced_accuracy(answers[0], given) - balanced_accuracy(answers[1], given)
-    return Answer(rows, value, paired_draws(answers[0], answers[1], given, rows, bootstrap))
+    value = balanced_accuracy(better, given) - balanced_accuracy(base, given)
+    return Answer(rows, value, paired_draws(better, base, given, rows, bootstrap))
 
 
-def estimate(answers: Sequence[Answer], bootstrap: Bootstrap | None) -> Estimate:
+def estimate(answers: Sequence[Answer], bootstrap: Bootstrap) -> Estimate:
     """Mean over answers (one a concept) with the 2.5 % and 97.5 % quantiles of the mean's draws."""
     value = sum(answer.value for answer in answers) / len(answers)
     rows = {row for answer in answers for row in answer.rows}
-    draws = [answer.draws for answer in answers if answer.draws is not None]
-    low, high, interval, groups = None, None, "none: the groups of the images are not known", 0
-    if bootstrap is not None:
-        ends = (
-            torch.stack(draws)
-            .mean(dim=0)
-            .quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-            .tolist()
-        )
-        # The pseudo-group pulls towards one half; an interval without its own estimate misleads.
-        low, high = min(ends[0], value), max(ends[1], value)
-        interval = INTERVAL.format(unit=bootstrap.unit)
-        groups = len({bootstrap.groups[row] for row in rows})
+    draws = torch.stack([answer.draws for answer in answers]).mean(dim=0)
+    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Estimate(
-        value=value, low=low, high=high, interval=interval, n=len(rows), groups=groups, floor=None, ratio=None
+        value=value,
+        # The pseudo-group pulls towards one half; an interval without its own estimate misleads.
+        low=min(low, value),
+        high=max(high, value),
+        interval=INTERVAL.format(unit=bootstrap.unit),
+        n=len(rows),
+        groups=len({bootstrap.groups[row] for row in rows}),
+        floor=None,
+        ratio=None,
     )
 
 
-def check_rows(side: str, features: Tensor, columns: Sequence[Sequence[object]], width: int) -> None:
-    """Refuse features that do not fit their labels and groups, or are not finite.
+def check_sets(**sides: Labelled) -> None:
+    """Refuse sets that do not fit together, features that are not finite, and shared patients.
+
+    Args:
+        sides: Name to set; `probe` and `holdout` must share no patient.
 
     Raises:
         BadInput: Names the side and what is wrong with it.
     """
-    if features.ndim != 2 or features.shape[1] != width or any(len(c) != len(features) for c in columns):
-        raise BadInput(
-            f"the {side} features have shape {tuple(features.shape)}, their labels and groups lengths "
-            f"{[len(column) for column in columns]}, and the width must be {width}; "
-            "give one row an image, from the same extractor on every side"
-        )
-    broken = int((~torch.isfinite(features)).any(dim=1).sum())
-    if broken:
-        raise BadInput(
-            f"{broken} of {len(features)} {side} images have features that are not finite; "
-            "look at these images before measuring"
-        )
-
-
-def check_disjoint(probe_patients: Sequence[str], holdout_patients: Sequence[str]) -> None:
-    """Refuse patients on whom a probe would be trained and tested.
-
-    Raises:
-        BadInput: Some are on both sides.
-    """
-    shared = set(holdout_patients) & set(probe_patients)
+    width = next(iter(sides.values())).features.shape[-1]
+    for side, known in sides.items():
+        shape, lengths = known.features.shape, [len(known.labels), len(known.groups)]
+        if len(shape) != 2 or shape[1] != width or lengths != [shape[0], shape[0]]:
+            raise BadInput(
+                f"the {side} features have shape {tuple(shape)}, their labels and groups lengths {lengths}, "
+                f"and the width must be {width}; give one row an image, from the same extractor on every side"
+            )
+        broken = int((~torch.isfinite(known.features)).any(dim=1).sum())
+        if broken:
+            raise BadInput(
+                f"{broken} of {len(known.features)} {side} images have features that are not finite; "
+                "look at these images before measuring"
+            )
+    shared = set(sides["holdout"].groups) & set(sides["probe"].groups)
     if shared:
         raise BadInput(
             f"{len(shared)} patients, such as {min(shared)}, are both in the probe part and in the "

@@ -44,7 +44,7 @@ def draw_weights(groups: Sequence[str], unit: str) -> Bootstrap:
 
 
 def balanced_accuracy_draws(
-    predicted: list[str], given: list[str], rows: list[int], bootstrap: Bootstrap
+    predicted: Sequence[str], given: Sequence[str], rows: Sequence[int], bootstrap: Bootstrap
 ) -> Tensor:
     """Draw balanced accuracies with random weights of groups, each class normalised on its own.
 
@@ -57,17 +57,36 @@ def balanced_accuracy_draws(
     Returns:
         Balanced accuracies, [RESAMPLES], float64.
     """
-    ids, count = bootstrap.ids[rows], bootstrap.weights.shape[1]
     classes = []
     for label in sorted(set(given)):
-        of_class = torch.tensor([value == label for value in given])
-        hit = torch.tensor([p == label for p in predicted]) & of_class
-        classes.append([torch.bincount(ids[part], minlength=count).double() for part in (of_class, hit)])
-    return draws_from_counts(classes, bootstrap.weights)
+        of_class = [i for i, value in enumerate(given) if value == label]
+        hits = [predicted[i] == label for i in of_class]
+        classes.append(group_counts([rows[i] for i in of_class], hits, bootstrap))
+    return share_draws(classes, bootstrap.weights).mean(dim=0)
+
+
+def group_counts(rows: Sequence[int], hits: Sequence[float], bootstrap: Bootstrap) -> Tensor:
+    """Count images, and add up what counts as a hit, by group.
+
+    Args:
+        rows: Rows of the bootstrap's set.
+        hits: For each of them 1 (or True) for a hit, 0 for a miss.
+        bootstrap: Gives the groups.
+
+    Returns:
+        Images and hits, [2, groups], float64.
+    """
+    ids, count = bootstrap.ids[list(rows)], bootstrap.weights.shape[1]
+    weights = torch.tensor(hits, dtype=torch.float64)
+    return torch.stack([torch.bincount(ids, w, minlength=count) for w in (torch.ones_like(weights), weights)])
 
 
 def paired_draws(
-    better: list[str], base: list[str], given: list[str], rows: list[int], bootstrap: Bootstrap
+    better: Sequence[str],
+    base: Sequence[str],
+    given: Sequence[str],
+    rows: Sequence[int],
+    bootstrap: Bootstrap,
 ) -> Tensor:
     """Draw differences of two balanced accuracies on the same images.
 
@@ -85,38 +104,36 @@ def paired_draws(
         Accuracy of `better` less accuracy of `base`, [RESAMPLES], float64.
     """
     generator = torch.Generator().manual_seed(2)
-    ids, count = bootstrap.ids[rows], bootstrap.weights.shape[1]
-    wins = torch.tensor([(a == g) - (b == g) for a, b, g in zip(better, base, given, strict=True)])
     differences = []
     for label in sorted(set(given)):
-        of_class = torch.tensor([value == label for value in given])
-        images = torch.bincount(ids[of_class], minlength=count).double()
-        won = torch.bincount(ids[of_class], weights=wins[of_class].double(), minlength=count)
+        of_class = [i for i, value in enumerate(given) if value == label]
+        wins = [float(better[i] == label) - float(base[i] == label) for i in of_class]
+        images, won = group_counts([rows[i] for i in of_class], wins, bootstrap)
         up, down = _pseudo_group(images, generator)
         differences.append((bootstrap.weights @ won + up - down) / (bootstrap.weights @ images + up + down))
     return torch.stack(differences).mean(dim=0)
 
 
-def draws_from_counts(classes: Sequence[Sequence[Tensor]], weights: Tensor) -> Tensor:
-    """Draw balanced accuracies from what each group has of each class.
+def share_draws(classes: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Draw the share of hits of each class from what each group has of it.
 
     One pseudo-group a class, on average half right and half wrong (Jeffreys), as large as the mean
     group: without it the interval has no width where all images, or the only prompt, are right. Its
     draws are the same on every call, so that differences between two calls are paired.
 
     Args:
-        classes: For each class, images and hits of each group, [groups] each.
+        classes: For each class, images and hits of each group, [2, groups].
         weights: As in `Bootstrap`.
 
     Returns:
-        Balanced accuracies, [RESAMPLES], float64.
+        Shares, [classes, RESAMPLES], float64.
     """
     generator = torch.Generator().manual_seed(1)
-    recalls = []
+    shares = []
     for images, hits in classes:
         right, wrong = _pseudo_group(images, generator)
-        recalls.append((weights @ hits + right) / (weights @ images + right + wrong))
-    return torch.stack(recalls).mean(dim=0)
+        shares.append((weights @ hits + right) / (weights @ images + right + wrong))
+    return torch.stack(shares)
 
 
 def _pseudo_group(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

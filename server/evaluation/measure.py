@@ -11,10 +11,12 @@ from polyclinic.common.data.table import Record
 from polyclinic.common.features.efficientnet import efficientnet
 from polyclinic.common.features.extractor import Extractor
 from polyclinic.common.study import Study
+from polyclinic.server.evaluation.answers import Labelled
 from polyclinic.server.evaluation.estimate import FEWEST_IMAGES, Fidelity, measure_fidelity
 from polyclinic.server.evaluation.features import FeatureStore
 from polyclinic.server.evaluation.probe import Faithfulness, measure_faithfulness
 from polyclinic.server.evaluation.results import MedvqaScores, NearCopies, PromptCosine, Utility
+from polyclinic.server.evaluation.utility import measure_utility
 from polyclinic.server.reference import Reference
 
 SHEET_COLUMNS = 6
@@ -80,13 +82,21 @@ def measure(number: int, drawn: Drawn, reference: Reference, study: Study, store
         store: Gives features of both.
     """
     headline = efficientnet()
-    fidelity = faithfulness = None
+    fidelity = faithfulness = utility = None
     if min(len(drawn.images), len(reference.evaluate)) >= FEWEST_IMAGES:
         fidelity = _fidelity(headline, drawn, reference, study, store)
-    if study.reference.concepts and reference.probe:
-        faithfulness = _faithfulness(headline, drawn, reference, study, store)
+    concepts = study.reference.concepts
+    if concepts and reference.probe:
+        synthetic = Labelled(store.of_images(headline, drawn.images), drawn.wanted, drawn.prompts)
+        probe, holdout = (
+            _labelled(headline, part, study, store) for part in (reference.probe, reference.evaluate)
+        )
+        faithfulness = measure_faithfulness(synthetic, probe, holdout, concepts)
+        utility = measure_utility(synthetic, probe, holdout, concepts, headline.name)
     columns = min(SHEET_COLUMNS, study.evaluation.draws)
-    return Judgement(round=number, columns=columns, fidelity=fidelity, faithfulness=faithfulness)
+    return Judgement(
+        round=number, columns=columns, fidelity=fidelity, faithfulness=faithfulness, utility=utility
+    )
 
 
 def _fidelity(
@@ -102,21 +112,12 @@ def _fidelity(
     )
 
 
-def _faithfulness(
-    extractor: Extractor, drawn: Drawn, reference: Reference, study: Study, store: FeatureStore
-) -> Faithfulness:
-    concepts, evaluate, probe = study.reference.concepts, reference.evaluate, reference.probe
-    return measure_faithfulness(
-        store.of_images(extractor, drawn.images),
-        drawn.wanted,
-        drawn.prompts,
-        store.of_records(extractor, probe),
-        [known(record, concepts) for record in probe],
-        [record.patient for record in probe],
-        store.of_records(extractor, evaluate),
-        [known(record, concepts) for record in evaluate],
-        list(concepts),
-        [record.patient for record in evaluate],
+def _labelled(extractor: Extractor, records: list[Record], study: Study, store: FeatureStore) -> Labelled:
+    """A part of the reference, as a probe learns from it or is tested on it."""
+    return Labelled(
+        store.of_records(extractor, records),
+        [known(record, study.reference.concepts) for record in records],
+        [record.patient for record in records],
     )
 
 

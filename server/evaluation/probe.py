@@ -1,8 +1,8 @@
 """Does a synthetic image show what its prompt asked for? A linear probe answers.
 
 The probe is trained on the reference's probe part, whose labels are known, and then reads the
-synthetic images. Its accuracy on real patients it never saw is the ceiling. CLIP-type scores are
-not used: they handle "no polyp" badly (facts/evaluation.md).
+synthetic images. Its accuracy on real patients it never saw is the ceiling. A CLIP-type score stands
+beside it at most (cosine.py): it handles "no polyp" badly.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from polyclinic.common.refusals import BadInput
 from polyclinic.server.evaluation.answers import (
     INTERVAL,
     OVERALL,
-    Labels,
+    Answer,
+    Labelled,
     ask,
-    check_disjoint,
-    check_rows,
+    check_sets,
     estimate,
 )
-from polyclinic.server.evaluation.bootstrap import Bootstrap, draw_weights, draws_from_counts
+from polyclinic.server.evaluation.bootstrap import Bootstrap, draw_weights, share_draws
 from polyclinic.server.evaluation.estimate import Estimate
-from polyclinic.server.evaluation.linear_probe import train_probe
+from polyclinic.server.evaluation.linear_probe import Probe, train_probe
+from polyclinic.server.evaluation.negations import ValueFaithfulness, is_absence, value_row, value_shares
 
 # Raise it whenever a number would change for the same images.
 PROTOCOL = "polyclinic-faithfulness-1"
@@ -42,6 +43,7 @@ class ConceptFaithfulness(BaseModel):
         real: Balanced accuracy of the same probe on real patients it never saw, over the same
             values: the ceiling. None where the holdout lacks one of the values.
         chance: What a constant answer scores, 1 / number of values.
+        values: One row for each value that prompts ask for (empty for "overall").
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +53,7 @@ class ConceptFaithfulness(BaseModel):
     accuracy: Estimate
     real: Estimate | None
     chance: float
+    values: list[ValueFaithfulness] = []
 
 
 class Tally(BaseModel):
@@ -71,6 +74,9 @@ class Faithfulness(BaseModel):
     Attributes:
         rows: One row a concept that could be measured, in the order asked for.
         overall: Mean over the rows; its interval resamples prompts for all concepts jointly.
+        presence: Mean over concepts that can be absent: how often an image shows what its prompt says is
+            there. None where no concept can be absent.
+        absence: Mean over the same concepts: how often it lacks what its prompt says is not there.
         protocol: Version of this measurement.
         warnings: Sentences to print beside the numbers, among them concepts left out and why.
         tallies: Counts by concept and prompt, from which rounds are compared pair by pair.
@@ -80,22 +86,15 @@ class Faithfulness(BaseModel):
 
     rows: list[ConceptFaithfulness]
     overall: ConceptFaithfulness
+    presence: Estimate | None = None
+    absence: Estimate | None = None
     protocol: str
     warnings: list[str]
     tallies: list[Tally] = []
 
 
 def measure_faithfulness(
-    synthetic_features: Tensor,
-    wanted: Sequence[Labels],
-    prompt_groups: Sequence[str],
-    probe_features: Tensor,
-    probe_labels: Sequence[Labels],
-    probe_patients: Sequence[str],
-    holdout_features: Tensor,
-    holdout_labels: Sequence[Labels],
-    concepts: Sequence[str],
-    holdout_patients: Sequence[str] | None = None,
+    synthetic: Labelled, probe: Labelled, holdout: Labelled, concepts: Sequence[str]
 ) -> Faithfulness:
     """Train one probe a concept on real images and ask it what the synthetic images show.
 
@@ -103,67 +102,56 @@ def measure_faithfulness(
     speak of the drawn images and prompts; the probe itself is taken as given.
 
     Args:
-        synthetic_features: Features of the synthetic images, [n, d].
-        wanted: For each synthetic image, concept to the value its prompt asks for.
-        prompt_groups: Prompt of each synthetic image.
-        probe_features: Features of the reference's probe part, [m, d].
-        probe_labels: For each of its images, concept to value.
-        probe_patients: Patient of each of its images.
-        holdout_features: Features of real images of patients the probe never sees, [k, d].
-        holdout_labels: For each of them, concept to value.
+        synthetic: Drawn images; labels are what their prompts ask for, groups are prompts.
+        probe: The reference's probe part; groups are patients.
+        holdout: Real images of patients the probe never sees.
         concepts: Concepts to measure, in the order of the rows.
-        holdout_patients: Patient of each held-out image. Where left out, the ceiling has no interval.
 
     Raises:
         BadInput: Sets that do not fit together, features that are not finite, patients on both
             sides of the ceiling, a wanted value the probe part never shows, or nothing to measure.
     """
-    check_rows("synthetic", synthetic_features, [wanted, prompt_groups], synthetic_features.shape[-1])
-    check_rows("probe", probe_features, [probe_labels, probe_patients], synthetic_features.shape[-1])
-    check_rows("holdout", holdout_features, [holdout_labels], synthetic_features.shape[-1])
-    if holdout_patients is not None:
-        check_rows("holdout", holdout_features, [holdout_patients], synthetic_features.shape[-1])
-        check_disjoint(probe_patients, holdout_patients)
-    prompts = draw_weights(prompt_groups, "prompts")
-    patients = None if holdout_patients is None else draw_weights(holdout_patients, "held-out patients")
+    check_sets(synthetic=synthetic, probe=probe, holdout=holdout)
+    prompts = draw_weights(synthetic.groups, "prompts")
+    patients = draw_weights(holdout.groups, "held-out patients")
 
-    rows, answers, ceilings, warnings = [], [], [], []
+    rows, warnings = [], []
     tallies: list[Tally] = []
+    accuracies: list[Answer] = []
+    ceilings: list[Answer] = []
+    sides: dict[bool, list[Answer]] = {True: [], False: []}
     for concept in concepts:
-        asked = [i for i, labels in enumerate(wanted) if concept in labels]
-        known = [i for i, labels in enumerate(probe_labels) if concept in labels]
-        values = sorted({wanted[i][concept] for i in asked})
+        values = sorted(synthetic.values(concept))
         if len(values) < 2:
             warnings.append(f"{concept}: left out; prompts ask for {len(values)} of its values, not for two.")
             continue
-        unknown = set(values) - {probe_labels[i][concept] for i in known}
-        if unknown:
-            raise BadInput(
-                f"prompts ask for {concept} = {min(unknown)}, which no image of the probe part shows; "
-                "correct the prompt's label or label the reference"
-            )
-        probe = train_probe(
-            probe_features[known],
-            [probe_labels[i][concept] for i in known],
-            [probe_patients[i] for i in known],
-        )
-        answers.append(ask(probe, synthetic_features, wanted, concept, asked, prompts))
-        tallies += _tally(probe.predict(synthetic_features[asked]), wanted, concept, asked, prompt_groups)
-        seen = [i for i, labels in enumerate(holdout_labels) if labels.get(concept) in values]
-        ceiling = None
-        if {holdout_labels[i][concept] for i in seen} == set(values):
-            ceiling = ask(probe, holdout_features, holdout_labels, concept, seen, patients)
-            ceilings.append(ceiling)
+        trained = _train(concept, values, probe)
+        asked, seen = synthetic.showing(concept, values), holdout.showing(concept, values)
+        predicted = trained.predict(synthetic.features[asked])
+        accuracies.append(ask(predicted, synthetic, concept, asked, prompts))
+        tallies += _tally(predicted, synthetic, concept, asked)
+        wanted, known = ([s.labels[i][concept] for i in r] for s, r in ((synthetic, asked), (holdout, seen)))
+        real: list[str] | None = None
+        if set(known) == set(values):
+            real = trained.predict(holdout.features[seen])
+            ceilings.append(ask(real, holdout, concept, seen, patients))
         else:
             warnings.append(f"{concept}: no ceiling; the held-out real images do not show all its values.")
-        counts = {value: sum(wanted[i][concept] == value for i in asked) for value in values}
+        by_value = []
+        for value in values:
+            shares = value_shares(value, predicted, wanted, asked, prompts)
+            there = None if real is None else value_shares(value, real, known, seen, patients)
+            by_value.append(value_row(value, shares, prompts, there, patients))
+            if any(is_absence(v) for v in values):
+                sides[is_absence(value)].append(shares[0])
         rows.append(
             ConceptFaithfulness(
                 concept=concept,
-                counts=counts,
-                accuracy=estimate(answers[-1:], prompts),
-                real=None if ceiling is None else estimate([ceiling], patients),
+                counts={value: wanted.count(value) for value in values},
+                accuracy=estimate(accuracies[-1:], prompts),
+                real=None if real is None else estimate(ceilings[-1:], patients),
                 chance=1 / len(values),
+                values=by_value,
             )
         )
     if not rows:
@@ -171,12 +159,33 @@ def measure_faithfulness(
     overall = ConceptFaithfulness(
         concept=OVERALL,
         counts={},
-        accuracy=estimate(answers, prompts),
+        accuracy=estimate(accuracies, prompts),
         # A ceiling over fewer concepts than the accuracy would not be its ceiling.
         real=estimate(ceilings, patients) if len(ceilings) == len(rows) else None,
         chance=sum(row.chance for row in rows) / len(rows),
     )
-    return Faithfulness(rows=rows, overall=overall, protocol=PROTOCOL, warnings=warnings, tallies=tallies)
+    return Faithfulness(
+        rows=rows,
+        overall=overall,
+        presence=estimate(sides[False], prompts) if sides[False] else None,
+        absence=estimate(sides[True], prompts) if sides[True] else None,
+        protocol=PROTOCOL,
+        warnings=warnings,
+        tallies=tallies,
+    )
+
+
+def _train(concept: str, values: Sequence[str], probe: Labelled) -> Probe:
+    """Train a probe on everything the probe part knows of a concept."""
+    unknown = set(values) - probe.values(concept)
+    if unknown:
+        raise BadInput(
+            f"prompts ask for {concept} = {min(unknown)}, which no image of the probe part shows; "
+            "correct the prompt's label or label the reference"
+        )
+    known = [i for i, labels in enumerate(probe.labels) if concept in labels]
+    labels, patients = [probe.labels[i][concept] for i in known], [probe.groups[i] for i in known]
+    return train_probe(probe.features[known], labels, patients)
 
 
 def faithfulness_change(start: Faithfulness, final: Faithfulness) -> Estimate | None:
@@ -219,19 +228,18 @@ def _overall_draws(tallies: Sequence[Tally], bootstrap: Bootstrap) -> Tensor:
             for i, tally in of_concept:
                 if tally.wanted == value:
                     counts[:, bootstrap.ids[i]] += torch.tensor([tally.images, tally.hits])
-            classes.append([counts[0], counts[1]])
-        concepts.append(draws_from_counts(classes, bootstrap.weights))
+            classes.append(counts)
+        concepts.append(share_draws(classes, bootstrap.weights).mean(dim=0))
     return torch.stack(concepts).mean(dim=0)
 
 
-def _tally(
-    predicted: Sequence[str], wanted: Sequence[Labels], concept: str, asked: list[int], groups: Sequence[str]
-) -> list[Tally]:
+def _tally(predicted: Sequence[str], synthetic: Labelled, concept: str, asked: list[int]) -> list[Tally]:
     found: dict[tuple[str, str], list[int]] = {}
     for answer, row in zip(predicted, asked, strict=True):
-        counts = found.setdefault((groups[row], wanted[row][concept]), [0, 0])
+        wanted = synthetic.labels[row][concept]
+        counts = found.setdefault((synthetic.groups[row], wanted), [0, 0])
         counts[0] += 1
-        counts[1] += answer == wanted[row][concept]
+        counts[1] += answer == wanted
     return [
         Tally(concept=concept, prompt=prompt, wanted=value, images=images, hits=hits)
         for (prompt, value), (images, hits) in found.items()

@@ -20,8 +20,7 @@ from polyclinic.server.evaluation.answers import (
     Labelled,
     ask,
     ask_both,
-    check_disjoint,
-    check_rows,
+    check_sets,
     estimate,
 )
 from polyclinic.server.evaluation.bootstrap import Bootstrap, draw_weights
@@ -64,9 +63,7 @@ def measure_utility(
     Raises:
         BadInput: Sets that do not fit together, features that are not finite, or patients in both parts.
     """
-    for side, known in (("synthetic", synthetic), ("probe", probe), ("holdout", holdout)):
-        check_rows(side, known.features, [known.labels, known.groups], synthetic.features.shape[-1])
-    check_disjoint(probe.groups, holdout.groups)
+    check_sets(synthetic=synthetic, probe=probe, holdout=holdout)
     patients = draw_weights(holdout.groups, UNIT)
     found: dict[str, tuple[int, _Answers]] = {}
     warnings = []
@@ -111,12 +108,17 @@ def _train_and_ask(
     holdout: Labelled,
     patients: Bootstrap,
 ) -> _Answers:
-    drawn, real, both = (
-        _train(concept, values, *diet) for diet in ([synthetic], [probe], [synthetic, probe])
-    )
     rows = holdout.showing(concept, values)
-    given = [ask(p, holdout.features, holdout.labels, concept, rows, patients) for p in (drawn, real, both)]
-    return _Answers(*given, ask_both(both, real, holdout, concept, rows, patients))
+    drawn, real, both = (
+        _train(concept, values, *diet).predict(holdout.features[rows])
+        for diet in ([synthetic], [probe], [synthetic, probe])
+    )
+    return _Answers(
+        ask(drawn, holdout, concept, rows, patients),
+        ask(real, holdout, concept, rows, patients),
+        ask(both, holdout, concept, rows, patients),
+        ask_both(both, real, holdout, concept, rows, patients),
+    )
 
 
 def _train(concept: str, values: Sequence[str], *diet: Labelled) -> Probe:

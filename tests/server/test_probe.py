@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from polyclinic.common.refusals import BadInput
-from polyclinic.server.evaluation.answers import balanced_accuracy
+from polyclinic.server.evaluation.answers import Labelled, balanced_accuracy
 from polyclinic.server.evaluation.bootstrap import balanced_accuracy_draws, draw_weights
 from polyclinic.server.evaluation.linear_probe import FOLDS, _folds, train_probe
 from polyclinic.server.evaluation.probe import (
@@ -45,7 +45,7 @@ def _measure(
     features, labels, prompts = _images(200, 1, signal)
     probe, holdout = _images(300, 2), _images(150, 3)
     return measure_faithfulness(
-        features, wanted or labels, prompts, *probe, *holdout[:2], concepts, holdout_patients=holdout[2]
+        Labelled(features, wanted or labels, prompts), Labelled(*probe), Labelled(*holdout), concepts
     )
 
 
@@ -154,22 +154,13 @@ def test_concepts_move_together_in_the_overall_interval() -> None:
     real_features, real_labels, patients = _images(200, 12, signal=1.5)
     real = [{"polyp": label["polyp"], "again": label["polyp"]} for label in real_labels]
     result = measure_faithfulness(
-        features,
-        doubled,
-        prompts,
-        real_features,
-        real,
-        patients,
-        real_features[:50],
-        real[:50],
+        Labelled(features, doubled, prompts),
+        Labelled(real_features[50:], real[50:], patients[50:]),
+        Labelled(real_features[:50], real[:50], patients[:50]),
         ["polyp", "again"],
     )
     assert result.overall.accuracy.low == pytest.approx(result.rows[0].accuracy.low)
     assert result.overall.accuracy.high == pytest.approx(result.rows[0].accuracy.high)
-    # No holdout patients named: a ceiling without an interval, and it says so.
-    assert result.rows[0].real is not None
-    assert result.rows[0].real.low is None
-    assert result.rows[0].real.interval.startswith("none")
 
 
 @pytest.mark.parametrize(("prompts", "each", "same"), [(40, 1, 0.0), (24, 5, 0.8)])
@@ -201,7 +192,10 @@ def test_a_perfect_score_of_few_prompts_is_not_certain() -> None:
     probe = _images(200, 15, signal=40.0)
     prompts = [f"{label['polyp']}-{i % 3}" for i, label in enumerate(labels)]
     result = measure_faithfulness(
-        features, labels, prompts, *probe, *_images(60, 16, signal=40.0)[:2], ["polyp"]
+        Labelled(features, labels, prompts),
+        Labelled(*probe),
+        Labelled(*_images(60, 16, signal=40.0)),
+        ["polyp"],
     )
     accuracy = result.overall.accuracy
     assert accuracy.value == accuracy.high == 1.0
@@ -230,7 +224,10 @@ def test_faithfulness_refuses_what_does_not_fit() -> None:
         features: Tensor = features, wanted: list[dict[str, str]] = labels, held_out: list[str] = holdout[2]
     ) -> None:
         measure_faithfulness(
-            features, wanted, prompts, *probe, *holdout[:2], ["polyp"], holdout_patients=held_out
+            Labelled(features, wanted, prompts),
+            Labelled(*probe),
+            Labelled(*holdout[:2], held_out),
+            ["polyp"],
         )
 
     with pytest.raises(BadInput, match="both in the probe part"):
@@ -239,7 +236,7 @@ def test_faithfulness_refuses_what_does_not_fit() -> None:
         measure(wanted=[{"polyp": "huge"}, *labels[1:]])
     with pytest.raises(BadInput, match="one row an image"):
         measure(wanted=labels[:-1])
-    with pytest.raises(BadInput, match="width"):
+    with pytest.raises(BadInput, match="width must be 23"):
         measure(features=features[:, :-1])
     broken = features.clone()
     broken[0, 0] = math.nan
@@ -249,12 +246,16 @@ def test_faithfulness_refuses_what_does_not_fit() -> None:
 
 def test_a_ceiling_that_lacks_a_value_is_left_out() -> None:
     features, labels, prompts = _images(80, 20)
-    held_features, held_labels, _ = _images(80, 21)
+    held_features, held_labels, held_patients = _images(80, 21)
     only_yes = [i for i, label in enumerate(held_labels) if label["polyp"] == "yes"]
+    held = Labelled(
+        held_features[only_yes],
+        [held_labels[i] for i in only_yes],
+        [held_patients[i] for i in only_yes],
+    )
     result = measure_faithfulness(
-        features, labels, prompts, *_images(80, 22), held_features[only_yes],
-        [held_labels[i] for i in only_yes], ["polyp", "quadrant"],
-    )  # fmt: skip
+        Labelled(features, labels, prompts), Labelled(*_images(80, 22)), held, ["polyp", "quadrant"]
+    )
     assert result.rows[0].real is None
     assert result.rows[1].real is not None
     assert result.overall.real is None
@@ -306,8 +307,7 @@ def test_rounds_that_were_asked_otherwise_are_not_compared() -> None:
     one = _measure(3.0)
     features, labels, prompts = _images(200, 1, 3.0)
     probe, holdout = _images(300, 2), _images(150, 3)
-    other = measure_faithfulness(
-        features, labels, [f"x{p}" for p in prompts], *probe, *holdout[:2], ("polyp", "quadrant")
-    )
+    renamed = Labelled(features, labels, [f"x{p}" for p in prompts])
+    other = measure_faithfulness(renamed, Labelled(*probe), Labelled(*holdout), ("polyp", "quadrant"))
     assert faithfulness_change(one, other) is None
     assert faithfulness_change(one.model_copy(update={"tallies": []}), one) is None
