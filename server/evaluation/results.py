@@ -21,13 +21,15 @@ class PromptCosine(Result):
     Attributes:
         model: Its id or folder, as the study names it.
         cosine: On synthetic images against their own prompts.
-        shuffled: On synthetic images against other prompts: what no faithfulness scores.
+        shuffled: On synthetic images against all other prompts: what no faithfulness scores.
+        lift: cosine - shuffled, paired image by image; above 0 where images listen to their prompts.
         warning: What such a score cannot see.
     """
 
     model: str
     cosine: Estimate
     shuffled: Estimate
+    lift: Estimate
     warning: str
 
 

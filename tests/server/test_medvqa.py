@@ -1,0 +1,111 @@
+"""The official MedVQA-GI 2025 scores, against the formulas written out in numpy and scipy."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import sqrtm
+from scipy.spatial.distance import cosine, euclidean
+
+from polyclinic.common.refusals import BadInput
+from polyclinic.server.evaluation.medvqa import (
+    OFFICIAL_MODEL,
+    Objective,
+    departures,
+    official_scores,
+    real_rows,
+)
+
+Array = NDArray[np.float64]
+
+
+def _set(n: int, seed: int, shift: float = 0.0, d: int = 24) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    # Far from the origin, as tokens before the projection are: cosines near one.
+    return (1.5 + shift + torch.randn(n, d, generator=generator)).float()
+
+
+def _frechet(x: Array, y: Array) -> float:
+    a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    root = sqrtm(a @ b).real
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a + b - 2 * root))
+
+
+def _by_hand(objectives: list[tuple[Array, Array, Array]]) -> list[float]:
+    fidelity, agreement, diversity, drawn, real = [], [], [], [], []
+    for a, b, r in objectives:
+        fidelity.append(1000 / (1 + (_frechet(a, r) + _frechet(b, r)) / 2))
+        agreement.append(np.mean([[1 - cosine(i, j) for j in b] for i in a]))
+        for some in (a, b):
+            unit = [row / np.linalg.norm(row) for row in some]
+            pairs = [euclidean(unit[i], unit[j]) for i in range(len(unit)) for j in range(i)]
+            diversity.append(np.mean(pairs))
+        drawn += [*a, *b]
+        real += [*r]
+    scores = (
+        _frechet(np.array(drawn), np.array(real)),
+        np.mean(fidelity),
+        np.mean(agreement),
+        np.mean(diversity),
+    )
+    return [float(score) for score in scores]
+
+
+def test_scores_are_the_official_formulas() -> None:
+    shared = _set(60, 9)
+    objectives = [
+        Objective(_set(10, 1, 0.2), _set(10, 2, 0.2), shared[:40]),
+        Objective(_set(10, 3, -0.5), _set(10, 4, 0.9), shared[20:]),
+        Objective(_set(10, 5), _set(10, 6), shared),
+    ]
+    found = official_scores(objectives)
+    oracle = _by_hand([tuple(part.double().numpy() for part in objective) for objective in objectives])  # type: ignore[misc]
+    assert list(found) == pytest.approx(oracle, rel=1e-4)
+
+
+def test_scores_say_what_they_are_about() -> None:
+    real = _set(50, 7)
+
+    def scores(*pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, float, float, float]:
+        return official_scores([Objective(a, b, real) for a, b in pairs])
+
+    good = scores((_set(10, 1), _set(10, 2)))
+    far = scores((_set(10, 1, 2.0), _set(10, 2, 2.0)))
+    assert far[0] > good[0]
+    assert far[1] < good[1]
+    # A pair whose phrasings give different images agrees less than either does with itself.
+    apart = scores((_set(10, 1), -_set(10, 2)))
+    assert apart[2] < 0 < good[2] < 1
+    # Ten times the same image: no diversity, to the last digits.
+    same = _set(1, 3).repeat(10, 1)
+    assert scores((same, same))[3] < 1e-9 < 0.1 < good[3]
+    # A real image counts once for each objective it belongs to.
+    rare, often = _set(20, 8, 3.0), _set(20, 9)
+    twice = official_scores(
+        [Objective(_set(10, i), _set(10, i + 20), part) for i, part in enumerate((rare, often, often, often))]
+    )
+    once = official_scores(
+        [Objective(_set(10, i), _set(10, i + 20), part) for i, part in enumerate((rare, rare, rare, often))]
+    )
+    assert twice.fbd < once.fbd
+
+
+def test_real_images_of_an_objective_are_those_its_labels_ask_for() -> None:
+    known = [{"polyp": "yes", "instrument": "no"}, {"polyp": "yes"}, {"polyp": "no"}, {}]
+    pair = ("with a polyp", "containing a polyp")
+    assert real_rows({"polyp": "yes"}, {"polyp": "yes"}, known, pair) == [0, 1]
+    assert real_rows({}, {}, known, pair) == [0, 1, 2, 3]
+    with pytest.raises(BadInput, match="two phrasings of one objective"):
+        real_rows({"polyp": "yes"}, {"polyp": "no"}, known, pair)
+    with pytest.raises(BadInput, match="which 1 images"):
+        real_rows({"instrument": "no"}, {"instrument": "no"}, known, pair)
+
+
+def test_every_departure_is_told() -> None:
+    official = departures(OFFICIAL_MODEL, 10, 4, 0, 8)
+    other = departures("folder/random-weight-vit", 6, 4, 1, 11)
+    for word in ("images a prompt", "instead of", "no labels", "in no pair"):
+        assert word in other
+        assert word not in official
+    for always in ("this study's", "stops after half", "not rounded"):
+        assert always in official
