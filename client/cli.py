@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from polyclinic.client import cli_approval, cli_enrolment, cli_node
+from polyclinic.client import cli_approval, cli_enrolment, cli_node, cli_reader
 from polyclinic.client.ledger_view import DETECTED, export, rewrite_head, spending, svg, verify, words
 from polyclinic.common.cli import common_options, run_command, show
 from polyclinic.common.files import write_atomic
@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli_enrolment.add_commands(commands)
     cli_approval.add_commands(commands)
     cli_node.add_commands(commands)
+    cli_reader.add_commands(commands)
     _add_ledger(commands.add_parser("ledger", help="what this site has spent"))
     return run_command(parser, argv)
 

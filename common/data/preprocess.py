@@ -19,13 +19,17 @@ def preprocess(image: Image.Image, size: int, fit: str) -> Tensor:
     Returns:
         `[3, size, size]` in [-1, 1], float32.
     """
+    pixels = torch.from_numpy(np.asarray(make_square(image, size, fit), dtype=np.float32).copy())
+    return pixels.permute(2, 0, 1) / 127.5 - 1
+
+
+def make_square(image: Image.Image, size: int, fit: str) -> Image.Image:
+    """Cut or pad an image to a square around its centre and resize it; arguments as in `preprocess`."""
     width, height = image.size
     side = min(width, height) if fit == "crop" else max(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     # PIL's crop fills what lies outside the image with black, which is what `pad` asks for.
-    square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.asarray(square, dtype=np.float32).copy())
-    return pixels.permute(2, 0, 1) / 127.5 - 1
+    return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def describe(size: int, fit: str) -> str:
