@@ -9,12 +9,8 @@ from typing import Any
 
 from polyclinic.common.cli import common_options, show
 from polyclinic.common.files import write_atomic, write_json_atomic
-from polyclinic.common.reader_study import size, wording
-from polyclinic.common.reader_study.answers import read_answers
-from polyclinic.common.reader_study.form import render
-from polyclinic.common.reader_study.key import read_key
-from polyclinic.common.reader_study.make import ASKED, Plan, make_study
-from polyclinic.common.reader_study.score import counts, score
+from polyclinic.common.reader_study import wording
+from polyclinic.common.reader_study.key import ASKED, read_key
 from polyclinic.common.refusals import BadInput
 
 NAMES = ", ".join(ASKED)
@@ -95,7 +91,7 @@ def _add_make(command: argparse.ArgumentParser) -> None:
 def _add_size(command: argparse.ArgumentParser) -> None:
     command.add_argument("--accuracy", type=float, help="that readers are expected to have, such as 0.65")
     command.add_argument("--images", type=int, help="real and synthetic ones together: what do they show?")
-    command.add_argument("--power", type=float, default=size.POWER, help="(%(default)s)")
+    command.add_argument("--power", type=float, default=0.8, help="(%(default)s)")
     command.add_argument("--readers", type=int, default=1, help="who all read the same images (%(default)s)")
     command.add_argument(
         "--icc-images",
@@ -114,6 +110,8 @@ def _add_size(command: argparse.ArgumentParser) -> None:
 
 
 def _make(arguments: argparse.Namespace) -> None:
+    from polyclinic.common.reader_study.make import Plan, make_study
+
     synthetic: dict[str, Path] = {}
     for text in arguments.synthetic:
         name, _, folder = text.partition("=")
@@ -142,6 +140,10 @@ def _make(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
+    from polyclinic.common.reader_study.answers import read_answers
+    from polyclinic.common.reader_study.form import render
+    from polyclinic.common.reader_study.score import score
+
     key, commitment = read_key(arguments.sealed)
     answers = [read_answers(p, key, commitment, incomplete=arguments.incomplete) for p in arguments.answers]
     facts = score(key, commitment, answers)
@@ -161,6 +163,8 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _hand_on(arguments: argparse.Namespace, facts: wording.Facts) -> None:
+    from polyclinic.common.reader_study.score import counts
+
     if not facts["real_is_public"] and not arguments.yes:
         print("\nTo write the counts, type the study's id: ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip() != facts["study"]:
@@ -169,6 +173,8 @@ def _hand_on(arguments: argparse.Namespace, facts: wording.Facts) -> None:
 
 
 def _size(arguments: argparse.Namespace) -> None:
+    from polyclinic.common.reader_study import size
+
     facts = size.advice(
         arguments.accuracy,
         arguments.images,

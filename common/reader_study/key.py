@@ -30,6 +30,11 @@ MIN_GAP = 6  # positions between the two showings of an image: never within 5 of
 CERTAINTY = ("sure", "likely", "guess")
 LEVELS = tuple([f"real, {word}" for word in CERTAINTY] + [f"synthetic, {word}" for word in CERTAINTY[::-1]])
 POINTS = 5  # of a question's scale
+# Questions that need no words from whoever makes a study.
+ASKED = {
+    "quality": "The image quality is good enough to read it.",
+    "prompt": "The image shows what its description says.",
+}
 
 
 class Question(Section):

@@ -16,14 +16,10 @@ from polyclinic.common.progress import track
 from polyclinic.common.reader_study import images as pictures
 from polyclinic.common.reader_study.form import form_html
 from polyclinic.common.reader_study.images import REAL, Candidate, Treatment
-from polyclinic.common.reader_study.key import Key, Question, make_key, write_key
+from polyclinic.common.reader_study.key import ASKED, Key, Question, make_key, write_key
 from polyclinic.common.reader_study.size import POWER, detectable
 from polyclinic.common.refusals import BadInput
 
-ASKED = {
-    "quality": "The image quality is good enough to read it.",
-    "prompt": "The image shows what its description says.",
-}
 FEWEST = 10  # images a group
 SOURCES = "sources.csv"
 KEEP = """KEEP AT THE SITE. The forms in this folder hold images of patients.
