@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -187,4 +187,10 @@ def crossed(groups: Sequence[Group]) -> Crossed:
         terms.append((group.weight**2 * max(0.0, of_images) / images, images - 1))
     variance = sum(term for term, _ in terms)
     df = variance**2 / sum(term**2 / df for term, df in terms)
-    return Crossed(float(contrasts.mean()), variance, float(df), sum(g.answers.size for g in groups))
+    found = Crossed(float(contrasts.mean()), variance, float(df), sum(g.answers.size for g in groups))
+    if readers > 1:
+        these = crossed([group.averaged() for group in groups])
+        # Estimates err: a claim about all readers must not look surer than one about these.
+        if these.variance > variance:
+            return replace(found, variance=these.variance, df=these.df)
+    return found

@@ -226,7 +226,7 @@ def test_all_right_is_not_certain() -> None:
 
 def test_crossed_is_the_anova_written_out() -> None:
     rng = np.random.default_rng(2)
-    x = rng.normal(size=(4, 7))
+    x = rng.normal(size=(4, 7)) + rng.normal(size=(4, 1))
     ends = np.empty((4, 0))
     found = crossed([Group(1.0, x, ends)])
     rows, columns = x.mean(axis=1), x.mean(axis=0)
@@ -240,3 +240,5 @@ def test_crossed_is_the_anova_written_out() -> None:
     )
     assert found.value == pytest.approx(x.mean())
     assert found.variance == pytest.approx((ms_readers + max(0, ms_images - ms_rest)) / 28)
+    alike = proportion_of(1.0, np.tile(rng.integers(0, 2, size=(1, 9)).astype(float), (3, 1)))
+    assert crossed([alike]).variance >= crossed([alike.averaged()]).variance
