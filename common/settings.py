@@ -303,6 +303,29 @@ class Prompt(Section):
     labels: dict[str, str] = Field({}, description="concept to the value this prompt asks for")
 
 
+class MedvqaSettings(Section):
+    """The official scores of MedVQA-GI 2025: which model, and which prompts belong together."""
+
+    model: str = Field(
+        "ikim-uk-essen/BiomedCLIP_ViT_patch16_224",
+        min_length=1,
+        description="vision model whose first token is taken: a folder, or a Hugging Face id",
+    )
+    revision: str | None = Field(None, description="revision of a Hugging Face id")
+    pairs: tuple[tuple[str, str], ...] = Field(
+        min_length=1, description="pairs of evaluation prompts: two phrasings of one objective each"
+    )
+
+    @field_validator("pairs")
+    @classmethod
+    def _each_prompt_once(cls, pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        texts = [text for pair in pairs for text in pair]
+        twice = sorted({text for text in texts if texts.count(text) > 1})
+        if twice:
+            raise ValueError(f'"{twice[0]}" stands in two places: each prompt has one partner')
+        return pairs
+
+
 class EvaluationSettings(Section):
     """What is drawn and measured at the coordinator."""
 
@@ -314,6 +337,28 @@ class EvaluationSettings(Section):
     eta: float = Field(1.0, ge=0, le=1, description="DDIM's share of fresh noise")
     seed: int = Field(0, ge=0)
     batch_size: int = Field(64, ge=1, description="images sampled at once")
+    clip_model: str | None = Field(
+        None,
+        min_length=1,
+        description="CLIP-type model for the cosine of images with prompts: a folder, or a Hugging Face id",
+    )
+    clip_revision: str | None = Field(None, description="revision of a Hugging Face id")
+    medvqa: MedvqaSettings | None = Field(None, description="the official MedVQA-GI 2025 scores, if given")
+
+    @model_validator(mode="after")
+    def _pairs_are_prompts(self) -> EvaluationSettings:
+        texts = {prompt.text for prompt in self.prompts}
+        if self.clip_model and len(texts) < 2:
+            raise ValueError("clip_model needs two different prompts, to compare with the other's images")
+        if self.medvqa:
+            strange = [text for pair in self.medvqa.pairs for text in pair if text not in texts]
+            if strange:
+                raise ValueError(
+                    f'medvqa.pairs names "{strange[0]}", which is not in prompts: write it as it stands there'
+                )
+            if self.draws < 2:
+                raise ValueError("medvqa needs draws of at least 2, and the official setting has 10")
+        return self
 
     @property
     def images(self) -> int:

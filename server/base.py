@@ -15,6 +15,7 @@ from polyclinic.common.generators.base import BaseFiles, Tensors, load_family, l
 from polyclinic.common.generators.public import hash_base, hash_source, hash_state, resolve
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Resolved, Study
+from polyclinic.server.evaluation.ready import check_evaluation
 from polyclinic.server.pretrain import pretrain_generator, pretrain_vae
 from polyclinic.server.reference import Reference
 
@@ -45,10 +46,12 @@ def prepare_base(home: Path, study: Study, reference: Reference) -> Base:
     saw, and found again.
 
     Raises:
-        BadInput: A part is missing, or is not the one whose hash the study names.
+        BadInput: A part is missing, or is not the one whose hash the study names; or the evaluation lacks
+            something that it will need.
     """
     generator = study.generator
     pick_device(study.training.device)
+    check_evaluation(study, reference)
     if study.data.image_size % 8:
         raise BadInput(f"`data.image_size = {study.data.image_size}`: must be a multiple of 8")
     if generator.vae == REFERENCE:

@@ -7,6 +7,7 @@ a cosine alone says nothing, since its level depends on model and domain.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
+from polyclinic.common.generators.public import resolve
 from polyclinic.common.progress import track
 from polyclinic.common.refusals import BadInput
+from polyclinic.common.settings import EvaluationSettings
 from polyclinic.server.evaluation.bootstrap import draw_weights, group_counts
 from polyclinic.server.evaluation.estimate import Estimate
 from polyclinic.server.evaluation.results import PromptCosine
@@ -77,6 +80,29 @@ def check_clip(folder: Path, name: str) -> None:
         )
 
 
+def prompt_cosine(
+    images: Tensor, prompts: Sequence[str], settings: EvaluationSettings, device: str
+) -> PromptCosine | None:
+    """Measure what `evaluation.clip_model` asks for; None where it names no model.
+
+    Args:
+        images: [N, 3, H, W] in [0, 1].
+        prompts: Prompt of each.
+        settings: Names the model.
+        device: Where to compute.
+
+    Raises:
+        BadInput: The model is not there, or is not such a model.
+    """
+    if settings.clip_model is None:
+        return None
+    folder = resolve(settings.clip_model, settings.clip_revision, FIELD)
+    clip, names = load_clip(folder, settings.clip_model, device), list(dict.fromkeys(prompts))
+    embedded, texts = image_embeddings(clip, images), text_embeddings(clip, names)
+    return measure_cosine(embedded, prompts, texts, names, settings.clip_model)
+
+
+@functools.lru_cache(maxsize=1)
 def load_clip(folder: Path, name: str, device: str = "cpu") -> ClipModel:
     """Load a CLIP-type model from a folder; no code that comes with it is run.
 

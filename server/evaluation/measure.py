@@ -8,12 +8,15 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from polyclinic.common.data.table import Record
+from polyclinic.common.device import pick_device
 from polyclinic.common.features.efficientnet import efficientnet
 from polyclinic.common.features.extractor import Extractor
 from polyclinic.common.study import Study
 from polyclinic.server.evaluation.answers import Labelled
+from polyclinic.server.evaluation.cosine import prompt_cosine
 from polyclinic.server.evaluation.estimate import FEWEST_IMAGES, Fidelity, measure_fidelity
 from polyclinic.server.evaluation.features import FeatureStore
+from polyclinic.server.evaluation.near_copies import near_copies
 from polyclinic.server.evaluation.probe import Faithfulness, measure_faithfulness
 from polyclinic.server.evaluation.results import MedvqaScores, NearCopies, PromptCosine, Utility
 from polyclinic.server.evaluation.utility import measure_utility
@@ -95,7 +98,15 @@ def measure(number: int, drawn: Drawn, reference: Reference, study: Study, store
         utility = measure_utility(synthetic, probe, holdout, concepts, headline.name)
     columns = min(SHEET_COLUMNS, study.evaluation.draws)
     return Judgement(
-        round=number, columns=columns, fidelity=fidelity, faithfulness=faithfulness, utility=utility
+        round=number,
+        columns=columns,
+        fidelity=fidelity,
+        faithfulness=faithfulness,
+        utility=utility,
+        near_copies=near_copies(drawn.images, drawn.prompts, headline, reference, store),
+        cosine=prompt_cosine(
+            drawn.images, drawn.prompts, study.evaluation, pick_device(study.training.device)
+        ),
     )
 
 

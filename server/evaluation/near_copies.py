@@ -10,20 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from polyclinic.common.features.extractor import Extractor
 from polyclinic.common.features.near import (
+    FEATURE_MEASURE,
     PIXEL_MEASURE,
     SIDE,
     Nearest,
+    nearest_by_features,
+    nearest_by_pixels,
     smallest_alpha,
     threshold,
     thumbnails,
 )
 from polyclinic.server.evaluation.answers import Answer, estimate
 from polyclinic.server.evaluation.bootstrap import draw_weights, group_counts, share_draws
+from polyclinic.server.evaluation.features import FeatureStore
 from polyclinic.server.evaluation.results import NearCopies
+from polyclinic.server.reference import Reference
 
 ALPHA = 0.01
+FEWEST_PATIENTS = 10
 NOTE = (
     "Compares drawn images with the public images that the starting weights have seen. It finds gross "
     "copying only: distances do not tell whether a patient's membership can be found out, and few finds are "
@@ -41,6 +49,40 @@ def thumbnail_extractor() -> Extractor:
         weights="",
         forward=lambda images: thumbnails(images).flatten(1),
     )
+
+
+def near_copies(
+    images: Tensor, prompts: Sequence[str], extractor: Extractor, reference: Reference, store: FeatureStore
+) -> list[NearCopies]:
+    """Compare drawn images with the pretrain part, by features and by aligned pixels.
+
+    Args:
+        images: [N, 3, H, W] in [0, 1].
+        prompts: Prompt of each.
+        extractor: Gives the features.
+        reference: Public images. Nothing is compared where the pretrain part is empty, or where the evaluate
+            part has fewer than `FEWEST_PATIENTS`: the threshold would flag every tenth image.
+        store: Keeps the features of both.
+    """
+    patients = [record.patient for record in reference.evaluate]
+    if not reference.pretrain or len(set(patients)) < FEWEST_PATIENTS:
+        return []
+
+    def sets(by: Extractor) -> list[Tensor]:
+        return [
+            store.of_images(by, images),
+            store.of_records(by, reference.pretrain),
+            store.of_records(by, reference.evaluate),
+        ]
+
+    drawn, seen, other = sets(extractor)
+    found = [nearest_by_features(some, seen) for some in (drawn, other)]
+    by_features = measure_near_copies(
+        found[0], prompts, found[1], patients, f"{FEATURE_MEASURE}, {extractor.name}"
+    )
+    drawn, seen, other = (rows.reshape(-1, SIDE, SIDE) for rows in sets(thumbnail_extractor()))
+    found = [nearest_by_pixels(some, seen) for some in (drawn, other)]
+    return [by_features, measure_near_copies(found[0], prompts, found[1], patients, PIXEL_MEASURE)]
 
 
 def measure_near_copies(

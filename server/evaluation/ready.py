@@ -1,0 +1,51 @@
+"""What an evaluation needs must be there before anything is trained or any budget is spent."""
+
+from __future__ import annotations
+
+from polyclinic.common.generators.public import resolve
+from polyclinic.common.refusals import BadInput
+from polyclinic.common.study import Study
+from polyclinic.server.evaluation.cosine import FIELD, check_clip
+from polyclinic.server.reference import Reference
+
+
+def check_evaluation(study: Study, reference: Reference) -> None:
+    """Refuse a study whose evaluation would fail after its first round.
+
+    Raises:
+        BadInput: A label that prompts ask for is not in the reference, or a named model is not there.
+    """
+    _check_labels(study, reference)
+    settings = study.evaluation
+    if settings.clip_model:
+        check_clip(resolve(settings.clip_model, settings.clip_revision, FIELD), settings.clip_model)
+
+
+def _check_labels(study: Study, reference: Reference) -> None:
+    """Every value that prompts ask for must be learnt by a probe, and some concept be measurable."""
+    concepts = study.reference.concepts
+    if not concepts or not reference.probe:
+        return
+    measurable = False
+    for concept in concepts:
+        wanted = {p.labels[concept] for p in study.evaluation.prompts if concept in p.labels}
+        shown = {r.labels[concept] for r in reference.probe if r.labels.get(concept)}
+        if wanted and not shown:
+            raise BadInput(
+                f"`reference.concepts` names {concept}, but no image of the reference's probe part has a "
+                f"value for it; add a column {concept} to the reference's table, or remove the concept"
+            )
+        if len(wanted) < 2:
+            continue
+        measurable = True
+        if wanted - shown:
+            raise BadInput(
+                f"prompts ask for {concept} = {min(wanted - shown)}, which no image of the reference's probe "
+                f"part shows (it shows {', '.join(sorted(shown))}); correct the prompt's label or label "
+                "the reference"
+            )
+    if not measurable:
+        raise BadInput(
+            f"`reference.concepts` names {', '.join(concepts)}, but no concept is asked for with two values; "
+            "write prompts with labels for presence and for absence, or remove the concepts"
+        )
