@@ -16,6 +16,7 @@ from polyclinic.server.evaluation.answers import Labelled
 from polyclinic.server.evaluation.cosine import prompt_cosine
 from polyclinic.server.evaluation.estimate import FEWEST_IMAGES, Fidelity, measure_fidelity
 from polyclinic.server.evaluation.features import FeatureStore
+from polyclinic.server.evaluation.medvqa import medvqa_scores
 from polyclinic.server.evaluation.near_copies import near_copies
 from polyclinic.server.evaluation.probe import Faithfulness, measure_faithfulness
 from polyclinic.server.evaluation.results import MedvqaScores, NearCopies, PromptCosine, Utility
@@ -84,7 +85,7 @@ def measure(number: int, drawn: Drawn, reference: Reference, study: Study, store
         study: Says what is measured, and with what.
         store: Gives features of both.
     """
-    headline = efficientnet()
+    device, headline = pick_device(study.training.device), efficientnet()
     fidelity = faithfulness = utility = None
     if min(len(drawn.images), len(reference.evaluate)) >= FEWEST_IMAGES:
         fidelity = _fidelity(headline, drawn, reference, study, store)
@@ -104,9 +105,8 @@ def measure(number: int, drawn: Drawn, reference: Reference, study: Study, store
         faithfulness=faithfulness,
         utility=utility,
         near_copies=near_copies(drawn.images, drawn.prompts, headline, reference, store),
-        cosine=prompt_cosine(
-            drawn.images, drawn.prompts, study.evaluation, pick_device(study.training.device)
-        ),
+        cosine=prompt_cosine(drawn.images, drawn.prompts, study.evaluation, device),
+        medvqa=medvqa_scores(drawn.images, drawn.prompts, study, reference, store, device),
     )
 
 

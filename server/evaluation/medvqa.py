@@ -16,20 +16,31 @@ which agrees to rounding. Its loop ends after half of the objectives; here all c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from polyclinic.common.features.extractor import Extractor
+from polyclinic.common.features.hub import check_folder, hub_extractor
+from polyclinic.common.generators.public import resolve
 from polyclinic.common.refusals import BadInput
+from polyclinic.common.study import Study
+from polyclinic.server.evaluation.features import FeatureStore
 from polyclinic.server.evaluation.fidelity import frechet_distance
+from polyclinic.server.evaluation.results import MedvqaScores
+from polyclinic.server.reference import Reference
 
 OFFICIAL_MODEL = "ikim-uk-essen/BiomedCLIP_ViT_patch16_224"
 OFFICIAL_DRAWS = 10
 # A covariance needs two images.
 FEWEST = 2
+FIELD = "evaluation.medvqa.model"
 
 
 class Objective(NamedTuple):
@@ -47,6 +58,96 @@ class Scores(NamedTuple):
     fidelity: float
     agreement: float
     diversity: float
+
+
+def medvqa_scores(
+    images: Tensor,
+    prompts: Sequence[str],
+    study: Study,
+    reference: Reference,
+    store: FeatureStore,
+    device: str = "cpu",
+) -> MedvqaScores | None:
+    """Measure what `evaluation.medvqa` asks for; None where the study does not have it.
+
+    Args:
+        images: [N, 3, H, W] in [0, 1].
+        prompts: Prompt of each.
+        study: Names the model and the pairs.
+        reference: Gives the real images.
+        store: Keeps features.
+        device: Where to compute.
+
+    Raises:
+        BadInput: The model is not there, or a pair has no real images of its own.
+    """
+    settings = study.evaluation.medvqa
+    if settings is None:
+        return None
+    extractor = _extractor(resolve(settings.model, settings.revision, FIELD), settings.model, device)
+    drawn, real = store.of_images(extractor, images), store.of_records(extractor, reference.evaluate)
+
+    def of_prompt(text: str) -> Tensor:
+        return drawn[[i for i, prompt in enumerate(prompts) if prompt == text]]
+
+    rows = real_images(study, reference)
+    scores = official_scores(
+        [Objective(of_prompt(a), of_prompt(b), real[rows[a, b]]) for a, b in settings.pairs]
+    )
+    labelled = {prompt.text for prompt in study.evaluation.prompts if prompt.labels}
+    return MedvqaScores(
+        extractor=extractor.name,
+        **scores._asdict(),
+        pairs=len(settings.pairs),
+        note=departures(
+            settings.model,
+            study.evaluation.draws,
+            len(settings.pairs),
+            unlabelled=sum(pair[0] not in labelled for pair in settings.pairs),
+            prompts=len(study.evaluation.prompts),
+        ),
+    )
+
+
+def check_medvqa(study: Study, reference: Reference) -> None:
+    """Refuse a setting that cannot be measured, without loading the model.
+
+    Raises:
+        BadInput: The model is not there, or a pair has no real images of its own.
+    """
+    settings = study.evaluation.medvqa
+    if settings is not None:
+        with _naming_the_field():
+            check_folder(resolve(settings.model, settings.revision, FIELD), settings.model)
+        real_images(study, reference)
+
+
+@functools.lru_cache(maxsize=1)
+def _extractor(folder: Path, name: str, device: str) -> Extractor:
+    with _naming_the_field():
+        return hub_extractor(folder, name, "cls", device)
+
+
+@contextlib.contextmanager
+def _naming_the_field() -> Iterator[None]:
+    """Let a refusal of the model name the field that it stands in here."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(str(error).replace("`evaluation.extractors`", f"`{FIELD}`")) from error
+
+
+def real_images(study: Study, reference: Reference) -> dict[tuple[str, str], list[int]]:
+    """Rows of the evaluate part that belong to each pair.
+
+    Raises:
+        BadInput: As `real_rows`.
+    """
+    if study.evaluation.medvqa is None:
+        return {}
+    wanted = {prompt.text: dict(prompt.labels) for prompt in study.evaluation.prompts}
+    known = [record.labels for record in reference.evaluate]
+    return {(a, b): real_rows(wanted[a], wanted[b], known, (a, b)) for a, b in study.evaluation.medvqa.pairs}
 
 
 def official_scores(objectives: Sequence[Objective]) -> Scores:

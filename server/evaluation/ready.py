@@ -6,6 +6,7 @@ from polyclinic.common.generators.public import resolve
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study
 from polyclinic.server.evaluation.cosine import FIELD, check_clip
+from polyclinic.server.evaluation.medvqa import check_medvqa
 from polyclinic.server.reference import Reference
 
 
@@ -19,6 +20,7 @@ def check_evaluation(study: Study, reference: Reference) -> None:
     settings = study.evaluation
     if settings.clip_model:
         check_clip(resolve(settings.clip_model, settings.clip_revision, FIELD), settings.clip_model)
+    check_medvqa(study, reference)
 
 
 def _check_labels(study: Study, reference: Reference) -> None:

@@ -1,6 +1,5 @@
 """CLIP-type cosine: a random-weight CLIP in the real format, and embeddings made to listen or not."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,41 +14,14 @@ from polyclinic.server.evaluation.cosine import (
     measure_cosine,
     text_embeddings,
 )
+from tests.server.random_models import save_clip
 
 PROMPTS = ["an image with a polyp", "an image with no polyp", "an instrument"]
 
 
 @pytest.fixture(scope="module")
 def random_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random-weight CLIP with its processor, as `save_pretrained` writes it."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizerFast
-
-    folder = tmp_path_factory.mktemp("clip") / "random-weight-clip"
-    folder.mkdir()
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=48)
-    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
-    part = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config={
-            **part,
-            "vocab_size": len(tokens),
-            "max_position_embeddings": 48,
-            "eos_token_id": len(tokens) - 1,
-            "bos_token_id": len(tokens) - 2,
-            "pad_token_id": len(tokens) - 1,
-        },
-        vision_config={**part, "image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip") / "random-weight-clip")
 
 
 def test_embeddings_are_the_models_own(random_clip: Path) -> None:
