@@ -18,6 +18,7 @@ from polyclinic.common.study import Resolved
 from polyclinic.server.checkpoints import Checkpoint
 from polyclinic.server.link import Names, registered_names
 from polyclinic.server.node import PROBE
+from polyclinic.server.provisioning import enrolled
 from polyclinic.server.rounds import run_rounds
 
 
@@ -62,10 +63,15 @@ def main(grid: Grid, context: Context) -> None:
         return
     if not re.fullmatch(r"[a-z][a-z0-9-]{0,39}-[0-9a-f]{8}", run):
         raise ValueError("the run configuration names no run folder")
-    run_dir = Path(os.environ["POLYCLINIC_HOME"]) / "runs" / run
+    home = Path(os.environ["POLYCLINIC_HOME"])
+    run_dir = home / "runs" / run
     expected = json.loads((run_dir / "sites.json").read_text(encoding="utf-8"))
+
+    def withdrawn() -> set[str]:
+        return set(expected) - enrolled(home).keys()
+
     with (run_dir / "server.log").open("a", encoding="utf-8") as log, redirect_stderr(_Tee(sys.stderr, log)):
-        run_rounds(grid, load_resolved(run_dir), run_dir, expected=expected)
+        run_rounds(grid, load_resolved(run_dir), run_dir, expected=expected, withdrawn=withdrawn)
 
 
 class _Tee:

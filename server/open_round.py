@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from polyclinic.common.generators.base import Tensors
+from polyclinic.common.progress import say
 from polyclinic.common.study import Resolved
 from polyclinic.common.wire import ReplyFacts
 from polyclinic.server.progress_file import Board
@@ -14,6 +17,8 @@ from polyclinic.server.spool import Spooled
 
 # Seconds before a site is asked again (doubled each time).
 ASK_AGAIN_S, SLOWEST_ASK_AGAIN_S = 5.0, 60.0
+TELL_S = 30.0  # after the last reply, before it is said who is waited for
+WAITING = {False: "not here", True: "asked"}
 
 
 @dataclass
@@ -36,6 +41,8 @@ class OpenRound:
         questions: Question whether it is at work (silence.py) to the site that was asked it.
         questioned: How often it was.
         grace: The quorum has answered.
+        withdrawn: Sites that were put out while they were waited for.
+        told: It was said who is missing.
     """
 
     number: int
@@ -63,16 +70,40 @@ class OpenRound:
     down: int = 0
     up: int = 0
     grace: bool = False
+    withdrawn: set[str] = field(default_factory=set)
+    told: bool = False
 
     def outstanding(self) -> set[str]:
         """Sites that may still answer."""
         over = self.differences.keys() | self.rejected.keys() | (self.refused.keys() - self.again.keys())
-        return self.everyone - over
+        return self.everyone - over - self.withdrawn
+
+    def withdraw(self, sites: Collection[str]) -> None:
+        """Wait no longer for sites that were put out of the federation."""
+        for site in sorted(self.outstanding().intersection(sites)):
+            say(f"round {self.number}: {site} was revoked and is not waited for")
+            self.withdrawn.add(site)
+            self.settle(site)
+
+    def say_who_is_missing(self) -> None:
+        """Where a release is certain and a site holds it up, say which, and what can be done, once."""
+        settings, left = self.resolved.study.federation, self.end - time.monotonic()
+        last = max((self.since[site] + took for site, took in self.took.items()), default=math.inf)
+        if self.told or self.grace or len(self.took) < settings.min_sites or time.monotonic() - last < TELL_S:
+            return
+        self.told = True
+        names = ", ".join(f"{site} ({WAITING[site in self.asked]})" for site in sorted(self.outstanding()))
+        say(
+            f"round {self.number}: replies of {len(self.took)} sites are here; waiting at most "
+            f"{left / 60:.0f} min for {names}. If a site will not come: `polyclinic-server revoke SITE` lets "
+            "this round and the later ones go on without it (`reissue` takes it in again)"
+        )
 
     def begin_grace(self) -> None:
         """Where the quorum has answered, let the round end soon."""
         settings = self.resolved.study.federation
-        quorum = min(settings.quorum or len(self.everyone), len(self.everyone))
+        there = len(self.everyone - self.withdrawn)
+        quorum = min(settings.quorum or there, there)
         if not self.grace and len(self.differences) >= quorum:
             self.grace = True
             self.end = min(self.end, time.monotonic() + settings.grace_s)

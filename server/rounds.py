@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -67,6 +67,7 @@ def run_rounds(
     names: Names = registered_names,
     after_round: Callable[[Checkpoint], None] = lambda _: None,
     expected: Sequence[str] | None = None,
+    withdrawn: Callable[[], Collection[str]] = tuple,
 ) -> None:
     """Run every round that has no checkpoint yet, and keep `progress.json` up to date.
 
@@ -79,6 +80,7 @@ def run_rounds(
             round's, in place.
         expected: Sites that should take part: a round waits for them until its deadline and names those
             that never came. Others that come are asked, too. Default: a simulation's sites, or none.
+        withdrawn: Gives the sites that were put out since; an open round does not wait for them either.
 
     Raises:
         Refusal: `too-few-replies` where a round cannot be released.
@@ -93,7 +95,11 @@ def run_rounds(
         for number in range(checkpoint.record.round + 1, study.training.rounds + 1):
             try:
                 checkpoint = run_round(
-                    grid, resolved, checkpoint, number, names=names, expected=expected, board=board
+                    *(grid, resolved, checkpoint, number),
+                    names=names,
+                    expected=[site for site in expected if site not in withdrawn()],
+                    withdrawn=withdrawn,
+                    board=board,
                 )
                 save_checkpoint(run_dir, checkpoint)
             finally:
@@ -111,6 +117,7 @@ def run_round(
     board: Board,
     names: Names = registered_names,
     expected: Sequence[str] = (),
+    withdrawn: Callable[[], Collection[str]] = tuple,
 ) -> Checkpoint:
     """Send the state, collect differences until deadline or quorum and grace, combine them.
 
@@ -125,6 +132,7 @@ def run_round(
         board: Says where the round stands; its run folder holds the spool.
         names: How the sites that are online are named.
         expected: Sites that should take part.
+        withdrawn: Gives the sites that were put out since.
 
     Raises:
         Refusal: `too-few-replies`, with every site's reason.
@@ -151,7 +159,7 @@ def run_round(
         everyone={site for site in expected if settings.weights == "equal" or site in settings.weights},
         usual=before.record.seconds or settings.deadline_s / 4,
     )
-    _collect(link, opened, names, online, known=bool(expected))
+    _collect(link, opened, names, online, withdrawn, known=bool(expected))
     absent = sorted(
         opened.everyone - opened.differences.keys() - opened.rejected.keys() - opened.refused.keys()
     )
@@ -209,14 +217,24 @@ def _wait_for_sites(
     return online
 
 
-def _collect(link: Link, opened: OpenRound, names: Names, online: dict[str, int], *, known: bool) -> None:
+def _collect(
+    link: Link,
+    opened: OpenRound,
+    names: Names,
+    online: dict[str, int],
+    withdrawn: Callable[[], Collection[str]],
+    *,
+    known: bool,
+) -> None:
     """Ask sites as they appear and take replies as they come, until the round is over."""
     settings = opened.resolved.study.federation
     looked, pause = time.monotonic(), POLL_S
     while (now := time.monotonic()) < opened.end:
-        missing = not known or opened.again or opened.everyone - opened.asked.keys()
-        if missing and now - looked >= NAMES_S:
-            online, looked = link.online(names, opened.resolved), now
+        if now - looked >= NAMES_S:
+            looked = now
+            opened.withdraw(withdrawn())
+            if not known or opened.again or opened.outstanding() - opened.asked.keys():
+                online = link.online(names, opened.resolved)
         for site, node in online.items():
             if site not in opened.asked or opened.again.get(site, math.inf) <= now:
                 _ask(link, opened, site, node)
@@ -233,6 +251,7 @@ def _collect(link: Link, opened: OpenRound, names: Names, online: dict[str, int]
             if site in opened.outstanding() - opened.again.keys():
                 _ask(link, opened, site, online[site])
         silence.question(link, opened, online)
+        opened.say_who_is_missing()
         waiting = opened.outstanding()
         if not waiting or len(opened.differences) + len(waiting) < settings.min_sites:
             return

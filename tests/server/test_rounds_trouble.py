@@ -109,6 +109,29 @@ def test_flowers_error_codes_are_those_we_ask_again_for() -> None:
     assert {*codes, 1017} == rounds.ASK_AGAIN
 
 
+@pytest.mark.parametrize("quorum", [0, 3])
+@pytest.mark.parametrize("came", [False, True])
+def test_a_site_that_is_missed_is_named_and_not_waited_for_once_it_is_revoked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quorum: int, came: bool
+) -> None:
+    grid = Sites({"x": moves_by(1.0), "y": moves_by(3.0), "z": moves_by(9.0)})
+    grid.online = set("xyz" if came else "xy")
+    grid.lost = {"z"}
+    told: list[str] = []
+
+    def withdrawn() -> set[str]:
+        told.append(capsys.readouterr().err)
+        return {"z"} if "revoke SITE" in "".join(told) else set()
+
+    study = resolved(deadline_s=60.0, quorum=quorum)
+    record = one_round(tmp_path, grid, study, expected=["x", "y", "z"], withdrawn=withdrawn).record
+    assert (sorted(record.replied), record.refused, record.absent) == (["x", "y"], {}, ["z"])
+    assert record.seconds < 30
+    said = "".join(told) + capsys.readouterr().err
+    assert f"waiting at most 1 min for z ({'asked' if came else 'not here'})" in said
+    assert said.count("revoke SITE") == said.count("z was revoked and is not waited for") == 1
+
+
 def test_a_site_that_stays_busy_or_broken_is_named(tmp_path: Path) -> None:
     answers = {"busy": fails(1017), "down": fails(8), "x": moves_by(1.0), "y": moves_by(1.0)}
     record = one_round(tmp_path, Sites(answers), resolved(deadline_s=0.4), expected=sorted(answers)).record
