@@ -16,10 +16,14 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp.client_app import LoadClientAppError
 
+from polyclinic.client.base_intake import use_hub
 from polyclinic.common.bundle import check_bundle
+from polyclinic.common.cli import default_home
 from polyclinic.common.refusals import Refusal
 
 RUNNER = "flwr.supernode.runtime.run_clientapp"
+HEARTBEAT = "flwr.supercore.heartbeat"
+BEAT_S = 10  # of which Flower makes one beat in about 4 s; the SuperNode waits 30 s for one (supernode.py)
 # What is replaced in the runner: unpacking, loading, installing, where to, dying with the superexec.
 _UNPACKING = ("install_from_fab", "get_load_client_app_fn", "install_app_dependencies", "get_project_dir")
 REPLACED = (*_UNPACKING, "start_parent_process_monitor")
@@ -51,6 +55,8 @@ def main() -> None:
 
     for name, ours in zip(REPLACED, (check, loader, install, nowhere, nowhere), strict=True):
         setattr(runner, name, ours)
+    use_hub(default_home())
+    vars(import_module(HEARTBEAT))["HEARTBEAT_DEFAULT_INTERVAL"] = BEAT_S
     from flwr.supernode.cli import flwr_clientapp
 
     flwr_clientapp()

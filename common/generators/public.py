@@ -17,6 +17,7 @@ from polyclinic.common.files import sha256_file, sha256_folder
 from polyclinic.common.refusals import BadInput
 
 PACKAGE = "package:"
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")  # of a Hugging Face id; its hash covers them all
 
 
 def resolve(source: str, revision: str | None, field: str) -> Path:
@@ -52,9 +53,7 @@ def _snapshot(source: str, revision: str | None, field: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        folder = snapshot_download(
-            source, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]
-        )
+        folder = snapshot_download(source, revision=revision, allow_patterns=list(HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise BadInput(
             f'`{field} = "{source}"` cannot be loaded here ({type(error).__name__}): '

@@ -112,7 +112,8 @@ class Federation:
     Attributes:
         root: Everything lies below it.
         vae: Folder of the random-weight VAE.
-        port: The gateway's.
+        port: What the sites call: the gateway's, or of what stands in front of it.
+        gateway: The gateway's, where that is another one.
         started: Supervisors that run, by `server` or the site's name.
     """
 
@@ -120,6 +121,7 @@ class Federation:
     vae: Path
     port: int = field(default_factory=free_port)
     started: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    gateway: int = 0
 
     @property
     def server(self) -> Path:
@@ -213,9 +215,8 @@ class Federation:
     def start(self, who: str, *, wait: bool = True, **more: str) -> None:
         """Start the coordinator (`server`) or a site, with more in its environment, until it is up."""
         if who == "server":
-            line = command(
-                "server", "start", "--host", "127.0.0.1", "--port", self.port, "--home", self.server
-            )
+            port = self.gateway or self.port
+            line = command("server", "start", "--host", "127.0.0.1", "--port", port, "--home", self.server)
         else:
             line = command("client", "start", "--home", self.home(who))
         log = (self.root / f"{who}.start.log").open("ab")
@@ -277,6 +278,11 @@ class Federation:
     def run_dir(self, study: Path) -> Path:
         (found,) = (self.server / "runs").glob(f"{study.stem}-????????")
         return found
+
+    def server_log(self, study: Path) -> str:
+        """What the ServerApp has said; nothing before it runs."""
+        paths = (self.server / "runs").glob(f"{study.stem}-????????/server.log")
+        return "".join(path.read_text() for path in paths)
 
     def record(self, study: Path, number: int) -> dict[str, Any]:
         path = self.run_dir(study) / "checkpoints" / f"round-{number:04d}" / "record.json"

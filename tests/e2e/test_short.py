@@ -8,6 +8,8 @@ import signal
 import ssl
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -50,13 +52,21 @@ def door_is_closed(federation: Federation) -> None:
     assert SITES[0] in said
 
 
-def study_runs_over_a_killed_client(federation: Federation) -> None:
-    """Three rounds; one site's ClientApp is killed in the second, and no budget is spent twice."""
-    study = federation.write_study("clean")
+def coordinator_is_up(federation: Federation) -> None:
+    federation.start("server")
+    call("server", "health", "--home", federation.server)
+    door_is_closed(federation)
+
+
+def study_is_approved(federation: Federation, study: Path) -> None:
     resolved = federation.resolved(study)
     for done in at_once(lambda site: federation.approve(site, resolved), SITES):
         assert "epsilon" in done.stdout
         assert "leaves" in done.stdout
+
+
+def study_runs_over_a_killed_client(federation: Federation, study: Path) -> None:
+    """Three rounds; one site's ClientApp is killed in the second, and no budget is spent twice."""
     running = federation.run_in_background(study)
     victim = SITES[0]
 
@@ -72,7 +82,8 @@ def study_runs_over_a_killed_client(federation: Federation) -> None:
     for number in (1, 2, 3):
         record = federation.record(study, number)
         assert sorted(record["replied"]) == sorted(SITES), record
-    for site in SITES:
+
+    def books_are_right(site: str) -> None:
         assert [line["round"] for line in federation.ledger(site, "reserve")] == [1, 2, 3]
         assert [line["round"] for line in federation.ledger(site, "settle")] == [1, 2, 3]
         assert verify(federation.home(site), [])["lines"] >= 8
@@ -82,6 +93,8 @@ def study_runs_over_a_killed_client(federation: Federation) -> None:
         assert federation.record(study, 3)["replied"][site]["epsilon"] == pytest.approx(
             shown["studies"][0]["epsilon"]
         )
+
+    at_once(books_are_right, SITES)
     status = json.loads(call("server", "status", "clean", "--json", "--home", federation.server).stdout)
     assert status["progress"]["phase"] == "finished"
 
@@ -99,9 +112,14 @@ def edited_study_is_refused(federation: Federation) -> None:
 
 @pytest.mark.timeout(900)
 def test_a_study_from_kits_to_a_report(federation: Federation) -> None:
-    federation.start("server")
-    call("server", "health", "--home", federation.server)
-    door_is_closed(federation)
+    study = federation.write_study("clean")
+    with ThreadPoolExecutor() as people:  # the coordinator's engineer, and the hospitals'
+        parts = [
+            people.submit(coordinator_is_up, federation),
+            people.submit(study_is_approved, federation, study),
+        ]
+        for part in parts:
+            part.result()
     at_once(federation.start, SITES)
-    study_runs_over_a_killed_client(federation)
+    study_runs_over_a_killed_client(federation, study)
     edited_study_is_refused(federation)
