@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polyclinic.client import cli_approval, cli_enrolment, cli_node, cli_reader
-from polyclinic.client.ledger_view import DETECTED, export, rewrite_head, spending, svg, verify, words
 from polyclinic.common.cli import common_options, run_command, show
 from polyclinic.common.files import write_atomic
 
@@ -57,7 +56,12 @@ def _delta_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--delta", type=float, help="compute epsilon at this delta (each study's own)")
 
 
+# The accountant needs torch, which takes seconds to import: only these commands wait for it.
+
+
 def _show(arguments: argparse.Namespace) -> None:
+    from polyclinic.client.ledger_view import spending, svg, words
+
     facts = spending(arguments.home, arguments.delta)
     if arguments.svg:
         write_atomic(arguments.svg, svg(facts).encode(), mode=0o600)
@@ -65,6 +69,8 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
+    from polyclinic.client.ledger_view import DETECTED, rewrite_head, verify
+
     if arguments.rewrite_head:
         rewrite_head(arguments.home, arguments.anchor)
     facts = verify(arguments.home, arguments.anchor)
@@ -83,6 +89,8 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from polyclinic.client.ledger_view import export
+
     facts = export(arguments.home, arguments.path, arguments.delta)
     show(arguments, facts, f"{facts['path']}: {facts['lines']} lines, written for an auditor")
 

@@ -1,4 +1,4 @@
-"""`polyclinic-client approve, approvals, close, journal`: what people decide, and what was done."""
+"""`polyclinic-client base, approve, approvals, close, journal`: what people decide, and what was done."""
 
 from __future__ import annotations
 
@@ -6,28 +6,40 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from polyclinic.client.approval import Approval, drift, list_approvals, open_approval, prepare_and_approve
-from polyclinic.client.approval_terms import terms, words
-from polyclinic.client.binding import site_base
 from polyclinic.client.journal import note
 from polyclinic.client.journal_view import read_journal
 from polyclinic.client.journal_view import words as journal_words
-from polyclinic.client.ledger_books import Books, open_books
 from polyclinic.client.ledger_chain import inspect
 from polyclinic.common.cli import common_options, show
-from polyclinic.common.data.folder import read_folder
 from polyclinic.common.refusals import BadInput, Refusal
 from polyclinic.common.study import Resolved, explain
+
+# What needs torch is imported by the commands that need it: the others start at once.
+if TYPE_CHECKING:
+    from polyclinic.client.approval import Approval
+    from polyclinic.client.ledger_books import Books
 
 Commands = Any  # argparse gives its subparsers no public type
 
 
 def add_commands(commands: Commands) -> None:
     """Add the commands to `polyclinic-client`."""
+    base = commands.add_parser("base", help="frozen public parts that the kit does not carry")
+    command = base.add_subparsers(required=True, metavar="WHAT").add_parser(
+        "add", help="bring a part into the home, and compare its hash with the study's"
+    )
+    command.add_argument(
+        "source", metavar="PATH_OR_ID", help="folder carried here, or the Hugging Face id, to be downloaded"
+    )
+    command.add_argument("--revision", metavar="R", help="of the id; default: the study's")
+    command.add_argument("--as", dest="part", metavar="ID", help="which part of the study a folder is")
+    command.add_argument("--study", type=Path, metavar="STUDY", help="default: the kit's study.json")
+    common_options(command)
+    command.set_defaults(act=_base_add)
     command = commands.add_parser("approve", help="see what a study would do, take and cost; agree to it")
     command.add_argument(
         "study", type=Path, nargs="?", metavar="STUDY", help="resolved study (the kit's study.json)"
@@ -76,8 +88,24 @@ def read_resolved(path: Path) -> Resolved:
         ) from error
 
 
-def _approve(arguments: argparse.Namespace) -> None:
+def _base_add(arguments: argparse.Namespace) -> None:
+    from polyclinic.client.base_intake import add_base
+
     home = arguments.home
+    resolved = read_resolved(arguments.study or home / "kit" / "study.json")
+    said = add_base(home, resolved, arguments.source, arguments.revision, arguments.part)
+    show(arguments, {"study": resolved.run_name, "said": said}, said)
+
+
+def _approve(arguments: argparse.Namespace) -> None:
+    from polyclinic.client.approval import drift, open_approval, prepare_and_approve
+    from polyclinic.client.approval_terms import terms, words
+    from polyclinic.client.base_intake import use_hub
+    from polyclinic.client.binding import site_base
+    from polyclinic.common.data.folder import read_folder
+
+    home = arguments.home
+    use_hub(home)
     resolved = read_resolved(arguments.study or home / "kit" / "study.json")
     study = resolved.study
     records = read_folder(arguments.data, study.data.table, unit=study.data.unit)
@@ -108,7 +136,12 @@ def _ask(question: str, name: str) -> None:
 
 
 def _approvals(arguments: argparse.Namespace) -> None:
+    from polyclinic.client.approval import list_approvals
+    from polyclinic.client.base_intake import use_hub
+    from polyclinic.client.ledger_books import Books
+
     home = arguments.home
+    use_hub(home)
     books = Books(home, inspect(home)[0])
     rows = [_row(home, books, approval) for approval in list_approvals(home)]
     lines = [
@@ -120,6 +153,8 @@ def _approvals(arguments: argparse.Namespace) -> None:
 
 
 def _row(home: Path, books: Books, approval: Approval) -> dict[str, Any]:
+    from polyclinic.client.approval import drift
+
     closed = bool(books.of(approval.id, "close"))
     return {
         "study": approval.resolved.study.name,
@@ -132,6 +167,9 @@ def _row(home: Path, books: Books, approval: Approval) -> dict[str, Any]:
 
 
 def _close(arguments: argparse.Namespace) -> None:
+    from polyclinic.client.approval import list_approvals
+    from polyclinic.client.ledger_books import Books, open_books
+
     home, asked = arguments.home, arguments.study
     books = Books(home, inspect(home)[0])
     found = [
@@ -181,8 +219,9 @@ def _verify(arguments: argparse.Namespace) -> None:
     show(
         arguments,
         facts,
-        f"{home / 'journal.jsonl'}: {len(lines)} lines, the chain is whole{torn}\n"
-        "detected: a line edited, moved, taken out or put in. Not detected: lines cut from the end.",
+        f"{home / 'journal.jsonl'}: {len(lines)} lines, the chain is whole and ends at journal.head{torn}\n"
+        "detected: a line edited, moved, taken out, put in or cut from the end. Not detected: a file that "
+        "somebody rewrote together with journal.head.",
     )
 
 

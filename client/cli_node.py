@@ -41,11 +41,13 @@ def _health(arguments: argparse.Namespace) -> None:
 
 def _status(arguments: argparse.Namespace) -> None:
     from polyclinic.client.approval import drift, list_approvals
+    from polyclinic.client.base_intake import use_hub
     from polyclinic.client.journal_view import read_journal
     from polyclinic.client.ledger_view import spending, words
     from polyclinic.client.node import health
 
     home = arguments.home
+    use_hub(home)
     faults = health(home)
     drifted = {approval.resolved.run_name: drift(home, approval) for approval in list_approvals(home)}
     last = [line for line in read_journal(home)[0] if line["kind"] in ("in", "out")][-6:]

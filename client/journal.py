@@ -1,7 +1,7 @@
 """The site's journal: one chained line for every message in and out, and for what people did.
 
-`journal.jsonl` is a chained file like the ledger, without a head: lines cut from its end are not seen.
-Nothing private is in it, no loss, count, prompt or exception text. Kinds, with their own fields:
+`journal.jsonl` is a chained file like the ledger, and `journal.head` anchors its last line. Nothing private
+is in it, no loss, count, prompt or exception text. Kinds, with their own fields:
 
 * `in`: `type`, `round` (as the coordinator labels it), `message` (its id), `sha256` and `bytes` of what was
   received, `created_at` (Unix seconds by the coordinator's clock).
@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from polyclinic.common.chain import Line, append_line, lock, read_chain, set_aside
+from polyclinic.common.chain import Line, append_anchored, lock, read_anchored, set_aside
 
 NAME = "journal"
 
@@ -28,7 +28,7 @@ def note(home: Path, kind: str, **values: Any) -> Line:
         BadInput: The disk is full.
     """
     with lock(home, NAME, wait=True):
-        lines, torn = read_chain(home, NAME)
+        lines, torn = read_anchored(home, NAME)
         if torn:
             set_aside(home, NAME, torn)
-        return append_line(home, NAME, lines, kind, values)
+        return append_anchored(home, NAME, lines, kind, values)

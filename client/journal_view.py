@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from polyclinic.client.journal import NAME
-from polyclinic.common.chain import Line, read_chain
+from polyclinic.common.chain import Line, read_anchored
 
 HIDDEN = {"sequence", "previous", "salt", "kind", "time", "hash"}
 
@@ -18,9 +18,10 @@ def read_journal(home: Path) -> tuple[list[Line], bool]:
         being written now.
 
     Raises:
-        Refusal: `journal-broken` with the number of the first line that does not fit.
+        Refusal: `journal-broken` with the number of the first line that does not fit, or of lines that are
+            anchored and gone.
     """
-    lines, torn = read_chain(home, NAME)
+    lines, torn = read_anchored(home, NAME)
     return lines, bool(torn)
 
 

@@ -20,13 +20,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polyclinic.client.ledger_chain import inspect
-from polyclinic.common.chain import Line, append_line, lock, set_aside
-from polyclinic.common.files import sha256_file, sync_folder, write_atomic, write_json_atomic
-from polyclinic.common.privacy.accounting import History, claim
+from polyclinic.common.chain import Line, append_anchored, lock, set_aside
+from polyclinic.common.files import sha256_file, sync_folder, write_atomic
 from polyclinic.common.refusals import Refusal
+
+if TYPE_CHECKING:
+    from polyclinic.common.privacy.accounting import History
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Ledger:
         (earmark,) = self.of(approval, "earmark")
         if earmark["epsilon"] == "inf":
             return float("inf")
+        from polyclinic.common.privacy.accounting import claim  # torch: seconds that few commands need
+
         return claim(self.history(approval), earmark["delta"])
 
     def stored_reply(self, approval: str, round_number: int, state: str) -> Path | None:
@@ -163,10 +167,7 @@ class Ledger:
 
     def append(self, kind: str, **values: Any) -> Line:
         """Add a line, then the head that anchors it; each fsync'd."""
-        line = append_line(self.folder, "ledger", self.lines, kind, values)
-        head = {"sequence": line["sequence"], "hash": line["hash"]}
-        write_json_atomic(self.folder / "ledger.head", head, mode=0o600)
-        return line
+        return append_anchored(self.folder, "ledger", self.lines, kind, values)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """A chained file: what a line is, how one is added, how a whole file is told from a damaged one.
 
-A site's ledger (`ledger.jsonl`) and journal (`journal.jsonl`) are such files. Every line is a JSON object
-with `sequence`, `previous` (hash of the line before), `salt`, `kind`, `time`, the kind's own fields, and
-`hash` (SHA-256 of the canonical JSON of all the rest).
+A site's ledger (`ledger.jsonl`) and journal (`journal.jsonl`) are such files, each with a head
+(`ledger.head`, `journal.head`) that anchors its last line, so that a cut end is seen. Every line is a JSON
+object with `sequence`, `previous` (hash of the line before), `salt`, `kind`, `time`, the kind's own fields,
+and `hash` (SHA-256 of the canonical JSON of all the rest).
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from polyclinic.common.files import canonical_json, naming_full_disk, write_atomic, write_fully
+from polyclinic.common.files import (
+    canonical_json,
+    naming_full_disk,
+    write_atomic,
+    write_fully,
+    write_json_atomic,
+)
 from polyclinic.common.refusals import Refusal
 
 Line = dict[str, Any]
@@ -53,6 +60,36 @@ def read_chain(folder: Path, name: str) -> tuple[list[Line], bytes]:
         previous = line["hash"]
         lines.append(line)
     return lines, torn
+
+
+def read_anchored(folder: Path, name: str, *, headless: bool = False) -> tuple[list[Line], bytes]:
+    """Verify `NAME.jsonl` against itself and `NAME.head`; as `read_chain`.
+
+    Args:
+        folder: Where both lie.
+        name: Of the file.
+        headless: A person knows that the head is lost; go by the chain alone.
+
+    Raises:
+        Refusal: `NAME-broken`, also for a cut end or a missing head.
+    """
+    # Before the lines: one may be added while we read, and the head must not be ahead of what we saw.
+    path = folder / f"{name}.head"
+    head = path.read_bytes() if path.exists() else None
+    lines, torn = read_chain(folder, name)
+    if head is not None:
+        _check_head(head, lines, name)
+    elif len(lines) > 1 and not headless:  # only a first line whose writer was killed has no head
+        raise Refusal(f"{name}-broken", f"{name}.head is missing beside {len(lines)} lines")
+    return lines, torn
+
+
+def append_anchored(folder: Path, name: str, lines: list[Line], kind: str, values: Line) -> Line:
+    """Add a line, then the head that anchors it; each fsync'd."""
+    line = append_line(folder, name, lines, kind, values)
+    head = {"sequence": line["sequence"], "hash": line["hash"]}
+    write_json_atomic(folder / f"{name}.head", head, mode=0o600)
+    return line
 
 
 def append_line(folder: Path, name: str, lines: list[Line], kind: str, values: Line) -> Line:
@@ -109,6 +146,17 @@ def lock(folder: Path, name: str, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _check_head(head: bytes, lines: list[Line], name: str) -> None:
+    try:
+        values = json.loads(head)
+        sequence, anchor = int(values["sequence"]), str(values["hash"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refusal(f"{name}-broken", f"{name}.head cannot be read") from error
+    # The head is written after its line: a crash leaves it behind, never ahead.
+    if not 0 <= sequence < len(lines) or lines[sequence]["hash"] != anchor:
+        raise Refusal(f"{name}-broken", f"{sequence + 1} lines are anchored, {len(lines)} are there")
 
 
 def _follows(line: Any, text: bytes, number: int, previous: str) -> bool:

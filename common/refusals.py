@@ -95,7 +95,8 @@ REASONS: dict[str, Reason] = {
         Reason(1063, "noise-below-floor", "the study would add less noise than the site's floor",
                "lower privacy.epsilon, or take fewer steps"),
         Reason(1064, "journal-broken", "the site's journal is not whole",
-               "run `polyclinic-client journal verify` at the site, find out why, and move the file aside"),
+               "run `polyclinic-client journal verify` at the site, find out why, and move journal.jsonl and "
+               "journal.head aside"),
         Reason(1065, "journal-unwritable", "the site cannot write its journal",
                "free disk space at the site and see its site.log"),
         Reason(1066, "disk-full", "the site has no room on its disk for a reply",

@@ -8,7 +8,7 @@ import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jinja2
 from cryptography import x509
@@ -23,12 +23,12 @@ from polyclinic.common.files import (
     write_atomic,
     write_json_atomic,
 )
-from polyclinic.common.generators.base import BaseFiles
 from polyclinic.common.kit import BASE_INDEX, CA, KIT, PAGES, STUDY, BaseIndex, Kit, open_kit
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import CODE_VERSION, Resolved, Study
-from polyclinic.server.base import prepare_base
-from polyclinic.server.reference import read_reference
+
+if TYPE_CHECKING:
+    from polyclinic.common.generators.base import BaseFiles
 
 TEMPLATES = Path(__file__).parent / "kit"
 
@@ -68,6 +68,9 @@ def resolve_study(home: Path, study: Study, reference: Path | None) -> tuple[Res
             resolved, files = read_run(home, path.parent.name)
             if resolved.study == study and resolved.code_version == CODE_VERSION:
                 return resolved, files
+    from polyclinic.server.base import prepare_base  # torch: `start` and `enroll` need not wait for it
+    from polyclinic.server.reference import read_reference
+
     base = prepare_base(home, study, read_reference(study, reference))
     run_dir = home / "runs" / base.resolved.run_name
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -86,6 +89,8 @@ def read_run(home: Path, run: str) -> tuple[Resolved, BaseFiles]:
     if not (run_dir / "study.json").exists():
         raise BadInput(f"{run_dir}: no such run any more; run `polyclinic-server provision` for its study")
     resolved = Resolved.model_validate(json.loads((run_dir / "study.json").read_text(encoding="utf-8")))
+    from polyclinic.common.generators.base import BaseFiles
+
     files = BaseFiles.model_validate(json.loads((run_dir / "base.json").read_text(encoding="utf-8")))
     return resolved, files
 

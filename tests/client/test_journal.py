@@ -220,7 +220,7 @@ def test_a_killed_writer_leaves_a_whole_journal(tmp_path: Path) -> None:
 
     assert wait_for(in_child(work)) == -9
     path = tmp_path / "journal.jsonl"
-    assert len(read_journal(tmp_path)[0]) == 2  # written, though not flushed
+    assert len(read_journal(tmp_path)[0]) == 2  # written, though not flushed, and not anchored yet
     torn = path.read_bytes()[:-7]
     path.write_bytes(torn)
     assert read_journal(tmp_path) == (read_journal(tmp_path)[0], True)
@@ -250,9 +250,18 @@ def test_verify_and_show_on_the_command_line(tmp_path: Path, capsys: pytest.Capt
         ([lines[0], lines[2]], "line 2"),
         ([lines[1], lines[0], lines[2]], "line 1"),
         ([lines[0], b"{}\n"], "line 2"),
+        (lines[:2], "3 lines are anchored, 2 are there"),
+        ([], "3 lines are anchored, 0 are there"),
     ):
         path.write_bytes(b"".join(damaged))
         assert main(["journal", "verify", *home]) == 3
         assert f"1064 journal-broken]: the site's journal is not whole ({named}" in capsys.readouterr().err
         with pytest.raises(Refusal, match="journal-broken"):
             note(tmp_path, "start")
+    path.write_bytes(b"".join(lines))
+    (tmp_path / "journal.head").unlink()
+    with pytest.raises(Refusal, match=r"journal.head is missing beside 3 lines"):
+        note(tmp_path, "start")
+    path.rename(tmp_path / "journal.aside")  # as the refusal says
+    note(tmp_path, "start")
+    assert len(read_journal(tmp_path)[0]) == 1
