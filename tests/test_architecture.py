@@ -1,6 +1,8 @@
 """The rules of the design that a reader of one file cannot see broken."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -239,6 +241,16 @@ def test_files_are_short_or_say_why() -> None:
 )
 def test_the_import_rules_catch_what_they_should(path: str, line: str, allowed: bool) -> None:
     assert (not import_faults(Path(path), ast.parse(line))) == allowed
+
+
+def test_commands_that_need_no_torch_do_not_wait_for_it() -> None:
+    """Joining, starting and the long-lived supervisors: seconds for people, hundreds of MB for the node."""
+    modules = (
+        "client.cli, client.enrolment, client.node, client.sidecar, server.cli, server.node, server.gateway"
+    )
+    names = ", ".join(f"polyclinic.{name}" for name in modules.split(", "))
+    script = f"import sys, {names}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

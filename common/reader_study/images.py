@@ -20,7 +20,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import ValidationError
 
 from polyclinic.common.data.folder import open_image, read_folder
-from polyclinic.common.data.preprocess import make_square
 from polyclinic.common.progress import track
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Resolved
@@ -65,6 +64,8 @@ class Treatment:
 
     def apply(self, candidate: Candidate) -> bytes:
         """Return the image as JPEG bytes without any metadata."""
+        from polyclinic.common.data.preprocess import make_square  # torch: only `make` waits for it
+
         image = ImageOps.exif_transpose(open_image(candidate.path))
         if candidate.box:
             image = image.crop(candidate.box)
