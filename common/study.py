@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from polyclinic.common.files import canonical_json
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.settings import (
+    CostSettings,
     DataSettings,
     EvaluationSettings,
     FederationSettings,
@@ -47,6 +48,7 @@ class Study(Section):
     federation: FederationSettings = FederationSettings()
     reference: ReferenceSettings = ReferenceSettings()
     evaluation: EvaluationSettings
+    cost: CostSettings = CostSettings()
     simulation: SimulationSettings | None = None
 
     @model_validator(mode="after")

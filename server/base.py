@@ -83,7 +83,7 @@ def _vae(home: Path, study: Study, reference: Reference) -> Path:
     if not folder.exists():
         with Meter() as meter:
             pretrain_vae(study, reference.pretrain, folder)
-        append_cost(_cost_path(folder), "pretraining", meter.measurement)
+        append_cost(_cost_path(folder), "pretrain", meter.measurement)
     return folder
 
 
@@ -103,7 +103,7 @@ def _start(home: Path, study: Study, reference: Reference, vae: Path) -> Path | 
             device = pick_device(study.training.device)
             with Meter(device) as meter:
                 pretrain_generator(study, reference.pretrain, vae, path, device=device)
-            append_cost(_cost_path(path), "pretraining", meter.measurement)
+            append_cost(_cost_path(path), "pretrain", meter.measurement)
     else:
         path = resolve(generator.warm_start, None, "generator.warm_start")
     _check(hash_source(path), generator.warm_start_sha256, "generator.warm_start_sha256")

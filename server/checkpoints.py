@@ -33,6 +33,8 @@ class RoundRecord(BaseModel):
         absent: Sites that did not answer by the deadline.
         bytes_down: Payload to all sites.
         bytes_up: Payload from all sites.
+        down: The same by site.
+        up: The same by site; a rejected reply counts, too.
         seconds: Wall time.
     """
 
@@ -48,6 +50,8 @@ class RoundRecord(BaseModel):
     absent: list[str] = []
     bytes_down: int = 0
     bytes_up: int = 0
+    down: dict[str, int] = {}
+    up: dict[str, int] = {}
     seconds: float = 0.0
 
     @property

@@ -63,7 +63,6 @@ def _health(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from polyclinic.server.base import prepare_base
     from polyclinic.server.coordinate import report, run_study
     from polyclinic.server.reference import read_reference
 
@@ -84,7 +83,7 @@ def _run(arguments: argparse.Namespace) -> None:
         words = f"launched; `polyclinic-server run {arguments.study} --resume` follows it to its report"
         show(arguments, {"run": run_dir}, words)
         return
-    metrics = report(run_dir, study, prepare_base(home, study, reference))
+    metrics = report(run_dir)
     page = run_dir / "report.html"
     facts = {"run": run_dir, "report": page, "verdict": metrics.verdict}
     show(arguments, facts, "\n".join([*metrics.verdict, f"report: {page}"]))

@@ -12,18 +12,17 @@ from polyclinic.common.progress import duration, say, track
 from polyclinic.common.refusals import BadInput, Refusal
 from polyclinic.common.study import Resolved, Study, differences
 from polyclinic.server import node
-from polyclinic.server.base import Base, prepare_base
+from polyclinic.server.base import prepare_base
 from polyclinic.server.checkpoints import load_record, rounds_done
 from polyclinic.server.evaluation.judge import Judge
 from polyclinic.server.kits import read_run
-from polyclinic.server.plan import plan
 from polyclinic.server.progress_file import Progress, read_progress
 from polyclinic.server.provisioning import enrolled
 from polyclinic.server.reference import Reference
 from polyclinic.server.report.html import write_report
 from polyclinic.server.report.metrics import Metrics
 from polyclinic.server.run_folder import open_run_folder
-from polyclinic.server.summary import cost_rows, summarise
+from polyclinic.server.summary import summarise
 
 POLL_S = 1.0
 ASK_S = 15.0  # Flower's command line costs a second of a core: the run's own progress file is read instead
@@ -141,14 +140,9 @@ def follow(home: Path, run_dir: Path, attempt: int, judge: Judge) -> None:
             time.sleep(POLL_S)
 
 
-def report(run_dir: Path, study: Study, base: Base) -> Metrics:
-    """Write a deployed run's report: nothing in it was measured at a site."""
-    metrics = summarise(
-        run_dir,
-        simulated=False,
-        extra_cost=cost_rows("pretraining", "server", base.costs),
-        forecast=plan(study).forecast,
-    )
+def report(run_dir: Path) -> Metrics:
+    """Write a run's report; of a real run, nothing in it was measured at a site."""
+    metrics = summarise(run_dir)
     write_report(run_dir, metrics)
     return metrics
 

@@ -36,6 +36,8 @@ class OpenRound:
         asked: How often each site was asked.
         since: When it was asked last, on the monotonic clock.
         took: Seconds from then to its reply.
+        down: Site to the bytes it was sent.
+        up: Site to the bytes of its reply.
         pending: Message to site; a site that was asked again may have several.
         again: Site to when it may be asked again.
         questions: Question whether it is at work (silence.py) to the site that was asked it.
@@ -67,8 +69,8 @@ class OpenRound:
     taps: dict[str, Tensors] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
-    down: int = 0
-    up: int = 0
+    down: dict[str, int] = field(default_factory=dict)
+    up: dict[str, int] = field(default_factory=dict)
     grace: bool = False
     withdrawn: set[str] = field(default_factory=set)
     told: bool = False

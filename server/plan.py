@@ -6,6 +6,7 @@ calibrated as a site would calibrate it, bytes are those of the trainable state.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from polyclinic.common.refusals import BadInput
 from polyclinic.common.settings import SimulatedSite
 from polyclinic.common.study import Study
 from polyclinic.server.plan_advice import Advice, advise
-from polyclinic.server.report.metrics import CostRow, Part
+from polyclinic.server.plan_cost import Speed, evaluation_flops, forecast, ledger_lines, travel_bytes
+from polyclinic.server.report.costs import CostEntry
+from polyclinic.server.report.metrics import Part
 from polyclinic.server.report.wording import bound, count, number, scaled
 
 PIXELS_A_LATENT = 8
@@ -75,7 +78,10 @@ class Plan(Part):
         views: Views a sampled patient shows in a step.
         clip: Bound on a patient's gradient norm; None without privacy.
         noise: Where the noise comes from, in words.
-        state_bytes: The trainable state in fp32: bytes down, and up, a round and site.
+        state_bytes: The trainable state in fp32, as the server keeps it.
+        down_bytes: What a site is sent a round, as the study's transport writes it.
+        up_bytes: What it sends back after the first round.
+        transport: How both are written.
         forward_flops: Operations of one view, forward alone.
         view_flops: Operations of one view, forward and backward.
         patient_flops: Operations of the whole study for each declared patient.
@@ -85,9 +91,10 @@ class Plan(Part):
         cache_bytes_per_caption: A site's cache: embedding of one distinct caption.
         evaluation_images: Images drawn in one evaluation.
         evaluations: Rounds that are evaluated, the start included.
+        evaluation_flops: Operations of the denoising network in one evaluation.
         sites: One entry for each site.
         warnings: Settings known to be poor.
-        forecast: Cost of training, to be compared with what it came to.
+        forecast: The cost ledger before anything runs, to be compared with what it came to.
     """
 
     name: str
@@ -104,6 +111,9 @@ class Plan(Part):
     clip: float | None
     noise: str
     state_bytes: int
+    down_bytes: int
+    up_bytes: int
+    transport: str
     forward_flops: int
     view_flops: int
     patient_flops: float
@@ -113,17 +123,26 @@ class Plan(Part):
     cache_bytes_per_caption: int
     evaluation_images: int
     evaluations: int
+    evaluation_flops: float
     sites: list[SitePlan]
     warnings: list[Advice]
-    forecast: list[CostRow]
+    forecast: list[CostEntry]
 
 
-def plan(study: Study, source: str = "study") -> Plan:
+def plan(
+    study: Study,
+    source: str = "study",
+    *,
+    speed: Speed | None = None,
+    declared: Mapping[str, int | None] | None = None,
+) -> Plan:
     """Work out what a study means.
 
     Args:
         study: The study.
         source: Name of its file, for error messages.
+        speed: How fast this machine is, where the sites are simulated on it: gives seconds and joules.
+        declared: Site to its declared patients, where the sites are known; default: the simulation's.
 
     Raises:
         BadInput: The image size does not fit the autoencoder, a base is not there, or epsilon cannot be met.
@@ -131,14 +150,20 @@ def plan(study: Study, source: str = "study") -> Plan:
     """
     _check_size(study, source)
     family = load_family(
-        study.generator, study.data.image_size, _local_vae(study, source), device="meta", encoders=False
+        study.generator, study.data.image_size, local_vae(study, source), device="meta", encoders=False
     )
-    parameters = sum(p.numel() for p in trainable(family.module).values())
+    state = {name: p.detach() for name, p in trainable(family.module).items()}
+    parameters = sum(p.numel() for p in state.values())
     view, privacy, rounds = view_flops(family), study.privacy, study.training.rounds
     patient = float(view) * privacy.views * privacy.sampling_rate * study.total_steps
     sites = _sites(study, patient)
     state_bytes = FP32 * parameters
-    shown = family.synthetic_views(1)
+    traffic = [travel_bytes(state, study, number) for number in range(1, rounds + 1)]
+    down, up = traffic[0]
+    ups = sum(each for _, each in traffic)
+    forward, shown = forward_flops(family), family.synthetic_views(1)
+    evaluations = len({*range(0, rounds + 1, study.evaluation.every), rounds})
+    drawn = evaluation_flops(study, forward)
     server_disk = 2 * state_bytes * (rounds + 1)
     return Plan(
         name=study.name,
@@ -155,18 +180,31 @@ def plan(study: Study, source: str = "study") -> Plan:
         clip=privacy.clip if privacy.enabled else None,
         noise=privacy.noise_words,
         state_bytes=state_bytes,
-        forward_flops=forward_flops(family),
+        down_bytes=down,
+        up_bytes=up,
+        transport=study.federation.transport,
+        forward_flops=forward,
         view_flops=view,
         patient_flops=patient,
         server_disk_bytes=server_disk,
-        site_replies_bytes=state_bytes * rounds,
+        site_replies_bytes=ups,
         cache_bytes_per_1000_images=1000 * FP32 * sum(t.numel() for t in shown.image.values()),
         cache_bytes_per_caption=FP32 * sum(t.numel() for t in shown.prompt.values()),
         evaluation_images=study.evaluation.images,
-        evaluations=len({*range(0, rounds + 1, study.evaluation.every), rounds}),
+        evaluations=evaluations,
+        evaluation_flops=drawn,
         sites=sites,
         warnings=advise(study, {site.name: site.noise_to_batch for site in sites}),
-        forecast=_forecast(sites, state_bytes * rounds, server_disk),
+        forecast=forecast(
+            study,
+            declared or {site.name: site.declared_patients for site in sites},
+            patient_flops=patient,
+            view_flops=view,
+            traffic=(down * rounds, ups),
+            drawing=(evaluations, drawn),
+            disk=server_disk,
+            speed=speed,
+        ),
     )
 
 
@@ -198,13 +236,18 @@ def words(plan: Plan) -> str:
         f"  {site.name}: {scaled(site.flops, 'FLOP')} over the study" for site in plan.sites if site.flops
     ] or [f"  {EACH_SITE}: {scaled(plan.patient_flops, 'FLOP')} over the study for each declared patient"]
     lines += [
-        f"  network: {scaled(plan.state_bytes, 'B')} down and {scaled(plan.state_bytes, 'B')} up "
-        "a round and site (fp32)",
+        f"  network: {scaled(plan.down_bytes, 'B')} down and {scaled(plan.up_bytes, 'B')} up "
+        f"a round and site ({plan.transport})",
         f"  disk at the server: {scaled(plan.server_disk_bytes, 'B')} (state and average of every round)",
         f"  disk at a site: {scaled(plan.site_replies_bytes, 'B')} of replies; cache "
         f"{scaled(plan.cache_bytes_per_1000_images, 'B')} per 1,000 images and "
         f"{scaled(plan.cache_bytes_per_caption, 'B')} per distinct caption",
         f"  evaluation: {count(plan.evaluation_images, 'image')} each of {count(plan.evaluations, 'time')}",
+    ]
+    lines += [
+        "",
+        "Forecast of the cost ledger, over the whole study",
+        *(f"  {x}" for x in ledger_lines(plan.forecast)),
     ]
     if plan.warnings:
         lines += ["", "Warnings", *(f"  ! {advice.text}" for advice in plan.warnings)]
@@ -221,7 +264,7 @@ def _check_size(study: Study, source: str) -> None:
         )
 
 
-def _local_vae(study: Study, source: str) -> Path | None:
+def local_vae(study: Study, source: str) -> Path | None:
     """Find the autoencoder where it is on this machine; a forecast downloads and trains none."""
     name = study.generator.vae
     hub_id = name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
@@ -276,46 +319,6 @@ def _site(name: str, site: SimulatedSite | None, study: Study, patient_flops: fl
             "noise_to_batch": out.sigma / expected if privacy.enabled else None,
         }
     )
-
-
-def _forecast(sites: list[SitePlan], bytes_each_way: int, server_disk: int) -> list[CostRow]:
-    """Rows for the sites the study names: rows are added up, so "each site" may not be one."""
-    rows = [
-        CostRow(
-            phase="training", where="server", quantity="disk", value=server_disk, unit="B", source="estimated"
-        )
-    ]
-    for site in sites:
-        if site.flops is None:
-            continue
-        rows += [
-            # The operations of a view are counted, but how many patients a step draws is only expected.
-            CostRow(
-                phase="training",
-                where=site.name,
-                quantity="FLOPs",
-                value=site.flops,
-                unit="FLOP",
-                source="estimated",
-            ),
-            CostRow(
-                phase="training",
-                where=site.name,
-                quantity="bytes down",
-                value=bytes_each_way,
-                unit="B",
-                source="counted",
-            ),
-            CostRow(
-                phase="training",
-                where=site.name,
-                quantity="bytes up",
-                value=bytes_each_way,
-                unit="B",
-                source="counted",
-            ),
-        ]
-    return rows
 
 
 def _privacy_words(plan: Plan) -> str:

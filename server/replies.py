@@ -93,11 +93,15 @@ def as_sent(state: Tensors, transport: Transport) -> Tensors:
 
 
 def payload_bytes(content: Any) -> int:
-    """Count the serialized bytes of a message's tensors, facts and hashes."""
+    """Count the serialized bytes of a message's tensors, facts and hashes, whatever a site put there."""
     # Not `content.array_records`: that property ties the content into a cycle with itself, which stays
     # in memory until Python's collector happens to come by.
     total = 0
     for record in content.values():
         arrays = [value for value in record.values() if hasattr(value, "data")]
-        total += sum(len(array.data) for array in arrays) if arrays else len(json.dumps(dict(record)))
+        total += (
+            sum(len(array.data) for array in arrays)
+            if arrays
+            else len(json.dumps(dict(record), default=repr))
+        )
     return total

@@ -18,6 +18,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from polyclinic.common.adapters import trained
+from polyclinic.common.cost import Meter, append_cost
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.generators.public import hash_state
 from polyclinic.common.privacy.tap import tap_like
@@ -176,8 +177,10 @@ def run_round(
     opened.content = None
     last_folder, spool = checkpoint_folder(board.run_dir, number - 1), spool_folder(board.run_dir, number)
     moments = moments_of(last_folder, spool, settings)
-    step(number, before.state, before.average, opened.differences, settings, moments)
+    with Meter() as meter:
+        step(number, before.state, before.average, opened.differences, settings, moments)
     seconds = time.monotonic() - start
+    append_cost(board.run_dir / "cost.jsonl", "combine", meter.measurement, round=number)
     say(
         f"round {number}: {len(opened.differences)} sites replied in {seconds:.1f} s"
         + "".join(f", {what}: {sites}" for what, sites in others.items() if sites)
@@ -192,8 +195,10 @@ def run_round(
         refused=opened.refused,
         rejected=opened.rejected,
         absent=absent,
-        bytes_down=opened.down,
-        bytes_up=opened.up,
+        bytes_down=sum(opened.down.values()),
+        bytes_up=sum(opened.up.values()),
+        down=opened.down,
+        up=opened.up,
         seconds=seconds,
     )
     return Checkpoint(record, before.state, before.average, opened.taps if opened.tap else {}, moments.after)
@@ -292,7 +297,7 @@ def _ask(link: Link, opened: OpenRound, site: str, node: int) -> None:
         return
     opened.pending[ids[0]] = site
     size = payload_bytes(opened.content)
-    opened.down += size
+    opened.down[site] = opened.down.get(site, 0) + size
     opened.board.site(site, ASKED, down=size)
 
 
@@ -317,8 +322,7 @@ def _take(opened: OpenRound, reply: Message) -> bool:
         opened.board.site(site, f"refused: {why}" if site in opened.refused else NOT_HERE)
         return True
     opened.settle(site)
-    size = payload_bytes(reply.content)
-    opened.up += size
+    size = opened.up[site] = payload_bytes(reply.content)
     path = spool_path(opened.board.run_dir, opened.number, site)
     try:
         incoming = _open(reply, opened.like, opened.tap, opened.resolved.study.federation.transport)
@@ -331,7 +335,7 @@ def _take(opened: OpenRound, reply: Message) -> bool:
     except Refusal as refusal:
         words = ascii(refusal.detail)[1:-1][:200]  # it may quote what the site sent
         opened.rejected[site] = f"{refusal.reason.code} {refusal.reason.name}: {words}"
-        opened.board.site(site, f"rejected: {opened.rejected[site]}")
+        opened.board.site(site, f"rejected: {opened.rejected[site]}", up=size)
         return True
     opened.differences[site], opened.facts[site], opened.taps[site] = spooled, incoming.facts, incoming.tap
     opened.took[site] = time.monotonic() - opened.since[site]

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from polyclinic.common.cost import read_costs
 from polyclinic.common.privacy.tap import COINS, SUM
+from polyclinic.common.settings import CostSettings
 from polyclinic.common.study import Resolved
 from polyclinic.server.alarms import claim_of
 from polyclinic.server.app import load_resolved
 from polyclinic.server.checkpoints import (
     RoundRecord,
-    load_checkpoint,
     load_record,
     load_taps,
     rounds_done,
 )
+from polyclinic.server.cost_record import gather
 from polyclinic.server.evaluation.audit import SiteAudit, audit_site
 from polyclinic.server.evaluation.judge import read_judgement, sheet_path
+from polyclinic.server.plan import Plan, plan
+from polyclinic.server.plan_cost import kept_speed
+from polyclinic.server.report.cost_summary import JUDGING
 from polyclinic.server.report.metrics import (
-    UNIT_OF,
-    CostRow,
     Metrics,
-    Phase,
-    Quantity,
     RoundFacts,
     SampleSheet,
     SiteFacts,
-    Source,
     StudyFacts,
 )
+from polyclinic.server.run_folder import SITES, is_simulated
 
 NOT_COVERED = [
     "A patient who is in two hospitals: the epsilons add up.",
@@ -63,99 +62,95 @@ def guarantee(resolved: Resolved) -> list[str]:
     ]
 
 
-def summarise(
-    run_dir: Path, *, simulated: bool, extra_cost: Iterable[CostRow] = (), forecast: Iterable[CostRow] = ()
-) -> Metrics:
-    """Gather a run.
+def summarise(run_dir: Path, planned: Plan | None = None, settings: CostSettings | None = None) -> Metrics:
+    """Gather a run, finished or not, from its folder alone.
 
     Args:
         run_dir: The run.
-        simulated: Its sites were simulated on one machine.
-        extra_cost: Rows the server does not know; only a simulation may show sites' measured cost.
-        forecast: What `plan` said.
+        planned: What `forecast_of` gave before; worked out where it is left out.
+        settings: Prices and the grid's intensity, where the study's own are not to be used.
     """
     resolved = load_resolved(run_dir)
     study = resolved.study
     numbers = rounds_done(run_dir)
     records = [load_record(run_dir, number) for number in numbers]
-    state = load_checkpoint(run_dir, numbers[-1]).state
+    planned = planned or forecast_of(run_dir)
+    sites = _sites(resolved, records)
+    cost = gather(run_dir, resolved, records, planned.evaluation_flops)
+    judging = sum(row.figures["wall_s"].value for row in cost if row.phase in ("pretrain", *JUDGING))
+    rounds = [_round(run_dir, resolved, record) for record in records]
+    clock = judging + sum(record.seconds for record in records)
+    settings = settings or study.cost
+    simulated = is_simulated(run_dir)
     return Metrics(
         study=StudyFacts(
             name=study.name,
             title=study.title or study.name,
             resolved_hash=resolved.hash,
             base_hash=resolved.base_hash,
+            start_hash=resolved.start_hash,
+            reference_hash=resolved.reference_hash,
+            departures=list(study.departures),
             generator=study.generator.size,
-            trainable_parameters=sum(tensor.numel() for tensor in state.values()),
+            trainable_parameters=planned.trainable_parameters,
             image_size=study.data.image_size,
         ),
         simulated=simulated,
         private=study.privacy.enabled,
+        finished=numbers[-1] >= study.training.rounds,
+        rounds_planned=study.training.rounds,
         created=datetime.now(UTC).isoformat(timespec="minutes"),
         code_version=resolved.code_version,
-        sites=_sites(resolved, records),
-        rounds=[_round(run_dir, resolved, record) for record in records],
+        sites=sites,
+        rounds=rounds,
         audit=audits(run_dir, resolved, records),
-        cost=[*server_cost(run_dir, records), *extra_cost],
-        forecast=list(forecast),
+        cost=cost,
+        forecast=planned.forecast,
+        cost_settings=settings,
+        cost_notes=_cost_notes(run_dir, simulated=simulated),
         prompts=[prompt.text for prompt in study.evaluation.prompts],
         guarantee=guarantee(resolved),
         not_covered=NOT_COVERED if study.privacy.enabled else [],
         study_json=resolved.model_dump(mode="json"),
-        seconds_total=sum(record.seconds for record in records)
-        + sum(float(row["wall_s"]) for row in read_costs(run_dir / "cost.jsonl")),
+        seconds_total=clock,
     )
 
 
-def cost_rows(phase: Phase, where: str, lines: list[dict[str, Any]]) -> list[CostRow]:
-    """Turn measured cost lines of one phase and place into rows."""
-    if not lines:
-        return []
-    source_of_energy: Source = (
-        "measured" if "estimated" not in str(lines[-1]["energy_source"]) else "estimated"
-    )
-    rows: list[tuple[Quantity, float, Source]] = [
-        ("wall time", sum(line["wall_s"] for line in lines), "measured"),
-        ("CPU time", sum(line["cpu_s"] for line in lines), "measured"),
-        ("peak memory", max(line["peak_bytes"] for line in lines), "measured"),
-        ("energy", sum(line["energy_j"] for line in lines), source_of_energy),
-    ]
-    if any(line.get("gpu_s") is not None for line in lines):
-        rows.append(("GPU time", sum(line["gpu_s"] or 0.0 for line in lines), "measured"))
-    if any("flops" in line for line in lines):
-        rows.append(("FLOPs", sum(line.get("flops", 0.0) for line in lines), "counted"))
-    return [
-        CostRow(
-            phase=phase, where=where, quantity=quantity, value=value, unit=UNIT_OF[quantity], source=source
-        )
-        for quantity, value, source in rows
-    ]
+def forecast_of(run_dir: Path) -> Plan:
+    """Work out what was planned: with this machine's speed where sites were simulated on it.
+
+    A real site's declared patients are known by the divisor of its replies; before the first of them, only
+    the bytes of a site are forecast.
+    """
+    resolved = load_resolved(run_dir)
+    if is_simulated(run_dir):
+        return plan(resolved.study, speed=kept_speed(run_dir))
+    named = run_dir / "sites.json"
+    names = json.loads(named.read_text(encoding="utf-8")) if named.exists() else []
+    records = [load_record(run_dir, number) for number in rounds_done(run_dir)]
+    known = {site.name: site.declared_patients or None for site in _sites(resolved, records)}
+    return plan(resolved.study, declared={**dict.fromkeys(names), **known})
 
 
-def server_cost(run_dir: Path, records: list[RoundRecord]) -> list[CostRow]:
-    """What the server measured of itself, and the bytes it counted."""
-    lines = read_costs(run_dir / "cost.jsonl")
-    phases: tuple[Phase, ...] = ("pretraining", "preparation", "evaluation")
-    rows = [
-        row
-        for phase in phases
-        for row in cost_rows(phase, "server", [x for x in lines if x["phase"] == phase])
-    ]
-    for quantity, value in (
-        ("bytes down", sum(record.bytes_down for record in records)),
-        ("bytes up", sum(record.bytes_up for record in records)),
-    ):
-        rows.append(
-            CostRow(
-                phase="training",
-                where="all sites",
-                quantity=quantity,
-                value=value,
-                unit="B",
-                source="counted",
-            )  # type: ignore[arg-type]
+def _cost_notes(run_dir: Path, *, simulated: bool) -> list[str]:
+    """What a reader of the cost ledger must know."""
+    notes = ["FLOPs of sampling are those of the denoising network alone."]
+    paths = [run_dir / "cost.jsonl"]
+    if simulated:
+        notes.append(
+            "Sites were simulated in turn on one machine: a peak of memory holds whatever else the process "
+            "held, and a site's waiting is worked out as if each had a machine of its own."
         )
-    return rows
+        paths += [home / "cost.jsonl" for home in sorted((run_dir / SITES).iterdir())]
+    else:
+        notes.append(
+            "Sites' figures are nominal: operations of the expected batch, from public quantities. What "
+            "they measured stays in their own reports."
+        )
+    sources = {str(line["energy_source"]) for path in paths for line in read_costs(path)}
+    notes += [f"Energy: {source}." for source in sorted(sources)]
+    notes.append("Attempts at a round that were killed left no figures.")
+    return notes
 
 
 def audits(run_dir: Path, resolved: Resolved, records: list[RoundRecord]) -> list[SiteAudit]:
@@ -199,6 +194,7 @@ def _sites(resolved: Resolved, records: list[RoundRecord]) -> list[SiteFacts]:
                 sigma=float(last["sigma"]) if last else None,
                 rounds_answered=len(facts),
                 rounds_absent=sum(name in record.absent for record in records),
+                rounds_rejected=sum(name in record.rejected for record in records),
                 refusals=[f"round {r.round}: {r.refusals[name]}" for r in records if name in r.refusals],
             )
         )
@@ -220,9 +216,11 @@ def _round(run_dir: Path, resolved: Resolved, record: RoundRecord) -> RoundFacts
     return RoundFacts(
         round=record.round,
         released=record.released,
+        state_hash=record.state_hash,
         epsilon={site: value for site, value in epsilon.items() if math.isfinite(value)},
         replied=list(record.replied),
-        refused=record.refusals,
+        refused=record.refused,
+        rejected=record.rejected,
         absent=record.absent,
         bytes_down=record.bytes_down,
         bytes_up=record.bytes_up,

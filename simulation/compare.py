@@ -8,7 +8,7 @@ from typing import Any
 from polyclinic.common.progress import say
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study, parse_study
-from polyclinic.server.report.html import write_comparison
+from polyclinic.server.report.comparison import write_comparison
 from polyclinic.simulation.run import simulate
 
 

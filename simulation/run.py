@@ -7,7 +7,7 @@ from pathlib import Path
 
 from polyclinic.client.approval import prepare_and_approve
 from polyclinic.client.ledger_books import create_ledger
-from polyclinic.common.cost import Meter, append_cost, read_costs
+from polyclinic.common.cost import Meter, append_cost
 from polyclinic.common.files import write_atomic
 from polyclinic.common.progress import say
 from polyclinic.common.refusals import BadInput
@@ -18,12 +18,12 @@ from polyclinic.server.base import Base, prepare_base
 from polyclinic.server.checkpoints import rounds_done
 from polyclinic.server.evaluation.judge import Judge
 from polyclinic.server.link import registered_names
-from polyclinic.server.plan import plan
+from polyclinic.server.plan_cost import keep_speed
 from polyclinic.server.reference import split_reference
 from polyclinic.server.report.html import write_report
-from polyclinic.server.report.metrics import CostRow, Metrics
-from polyclinic.server.run_folder import open_run_folder
-from polyclinic.server.summary import cost_rows, summarise
+from polyclinic.server.report.metrics import Metrics
+from polyclinic.server.run_folder import SITES, open_run_folder
+from polyclinic.server.summary import summarise
 from polyclinic.simulation.data import Federation, make_federation
 from polyclinic.simulation.grid import ask_names, run_in_process, run_on_ray
 
@@ -57,13 +57,15 @@ def simulate(
         )
     say(f"run {run_dir}" + ("" if study.privacy.enabled else "  [NOT PRIVATE]"))
     homes = open_run(run_dir, base, federation)
+    keep_speed(run_dir, study, base.files.vae)
     judge = Judge(run_dir, base.resolved, reference, base.files, home / "features")
     judge.judge_missing()
     if engine == "ray":
         run_on_ray(make_app(run_dir, names=ask_names, after_round=judge.judge), homes)
     else:
         run_in_process(make_app(run_dir, names=registered_names, after_round=judge.judge), homes)
-    metrics = report(run_dir, study, homes, base)
+    metrics = summarise(run_dir)
+    write_report(run_dir, metrics)
     return run_dir, metrics
 
 
@@ -75,13 +77,13 @@ def open_run(run_dir: Path, base: Base, federation: Federation) -> list[Path]:
     """
     homes = []
     for name, site in sorted(federation.settings.sites.items()):
-        home = run_dir / "sites" / name
+        home = run_dir / SITES / name
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_policy(home, site, base.resolved.study)
         create_ledger(home, name, simulated=True)
         with Meter() as meter:
             prepare_and_approve(home, name, base.resolved, federation.sites[name], base.files)
-        append_cost(home / "cost.jsonl", "preparation", meter.measurement)
+        append_cost(home / "cost.jsonl", "cache", meter.measurement)
         homes.append(home)
     open_run_folder(run_dir, base)  # last: a preparation that was killed begins anew without --resume
     return homes
@@ -104,15 +106,3 @@ def write_policy(home: Path, site: SimulatedSite, study: Study) -> None:
     path = home / "policy.toml"
     if not path.exists():
         write_atomic(path, ("\n".join(lines) + "\n").encode())
-
-
-def report(run_dir: Path, study: Study, homes: list[Path], base: Base) -> Metrics:
-    """Write the report of a simulated run; a simulation may show what its sites measured."""
-    rows: list[CostRow] = cost_rows("pretraining", "server", base.costs)
-    for home in homes:
-        lines = read_costs(home / "cost.jsonl")
-        rows += cost_rows("preparation", home.name, [x for x in lines if x["phase"] == "preparation"])
-        rows += cost_rows("training", home.name, [x for x in lines if x["phase"] == "train"])
-    metrics = summarise(run_dir, simulated=True, extra_cost=rows, forecast=plan(study).forecast)
-    write_report(run_dir, metrics)
-    return metrics

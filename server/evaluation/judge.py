@@ -59,8 +59,9 @@ class Judge:
         number = checkpoint.record.round
         if not self.due(number):
             return
-        with Meter(self._device) as meter:
+        with Meter(self._device) as drawing:
             images = self.draw(checkpoint.average, f"draw round {number}")
+        with Meter(self._device) as judging:
             drawn = drawn_for(self.study, images)
             judgement = measure(number, drawn, self.reference, self.study, self._store)
         draws = self.study.evaluation.draws
@@ -68,7 +69,8 @@ class Judge:
         path = judgement_path(self.run_dir, number)
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, judgement.model_dump_json(indent=1).encode())
-        append_cost(self.run_dir / "cost.jsonl", "evaluation", meter.measurement, round=number)
+        for phase, meter in (("sample", drawing), ("evaluate", judging)):
+            append_cost(self.run_dir / "cost.jsonl", phase, meter.measurement, round=number)
 
     def draw(self, state: Tensors, label: str) -> Tensor:
         """Draw all prompts, `[prompts * draws, 3, H, W]` in [0, 1], a prompt's draws side by side."""

@@ -6,20 +6,10 @@ import math
 from collections.abc import Callable
 
 from polyclinic.server.evaluation.estimate import Estimate
-from polyclinic.server.report.metrics import (
-    Metrics,
-    Phase,
-    Quantity,
-    bytes_moved,
-    first_and_last,
-    total,
-    worst_epsilon,
-)
+from polyclinic.server.report.costs import LEARNING, NAMES, Quantity, total
+from polyclinic.server.report.metrics import Metrics, bytes_moved, first_and_last, worst_epsilon
 from polyclinic.server.report.verdict import order, written, written_share
 from polyclinic.server.report.wording import arm_names, bound, listed, number, quantity
-
-# Evaluation is the same for every arm, so it would only blur a comparison of compute.
-LEARNING: tuple[Phase, ...] = ("pretraining", "preparation", "training", "aggregation")
 
 
 def final_kid(arm: Metrics) -> Estimate | None:
@@ -34,18 +24,16 @@ def final_faithfulness(arm: Metrics) -> Estimate | None:
     return ends[1].faithfulness.overall.accuracy if ends and ends[1].faithfulness else None
 
 
-def compute(arms: list[Metrics]) -> tuple[Quantity, str, list[float | None]]:
+def compute(arms: list[Metrics]) -> tuple[str, str, list[float | None]]:
     """Choose the measure of compute that every arm states: GPU time, else CPU time, else FLOPs.
 
     Returns:
-        The quantity, its unit, and its value for each arm, evaluation apart.
+        The quantity's name, its unit, and its value for each arm, judging apart.
     """
-    options: tuple[tuple[Quantity, str], ...] = (("GPU time", "s"), ("CPU time", "s"), ("FLOPs", "FLOP"))
-    for name, unit in options:
-        values = [total(arm.cost, name, LEARNING) for arm in arms]
-        if all(values):
-            return name, unit, values
-    return "CPU time", "s", [total(arm.cost, "CPU time", LEARNING) for arm in arms]
+    options: tuple[Quantity, ...] = ("gpu_s", "cpu_s", "flops")
+    found = {name: [total(arm.cost, name, LEARNING) for arm in arms] for name in options}
+    chosen: Quantity = next((name for name in options if all(found[name])), "cpu_s")
+    return *NAMES[chosen], found[chosen]
 
 
 def winner(
@@ -138,7 +126,7 @@ def comparison_verdict(arms: list[Metrics]) -> list[str]:
         price_of_privacy(names, arms),
     ]
     name, unit, values = compute(arms)
-    said.append(cheapest(names, values, unit, f"{name}, evaluation apart"))
+    said.append(cheapest(names, values, unit, f"{name}, judging apart"))
     said.append(cheapest(names, [float(sum(bytes_moved(a))) for a in arms], "B", "Traffic"))
     return [sentence for sentence in said if sentence] + comparability(names, arms)
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from polyclinic.common.settings import CostSettings
 from polyclinic.server.evaluation.audit import SiteAudit
 from polyclinic.server.evaluation.estimate import Fidelity
 from polyclinic.server.evaluation.probe import Faithfulness
@@ -23,29 +24,9 @@ from polyclinic.server.evaluation.results import (
     SiteGate,
     Utility,
 )
+from polyclinic.server.report.costs import SERVER, CostEntry, CostSummary
 
 SCHEMA_VERSION: Literal[1] = 1
-
-Source = Literal["measured", "sampled", "counted", "estimated"]
-Phase = Literal["pretraining", "preparation", "training", "aggregation", "evaluation"]
-Quantity = Literal[
-    "wall time", "CPU time", "GPU time", "FLOPs", "energy", "peak memory", "bytes down", "bytes up", "disk"
-]
-Unit = Literal["s", "FLOP", "J", "B"]
-
-UNIT_OF: dict[Quantity, Unit] = {
-    "wall time": "s",
-    "CPU time": "s",
-    "GPU time": "s",
-    "FLOPs": "FLOP",
-    "energy": "J",
-    "peak memory": "B",
-    "bytes down": "B",
-    "bytes up": "B",
-    "disk": "B",
-}
-# Wall times overlap between sites and memory peaks do not coincide: neither may be added up.
-ADDITIVE: tuple[Quantity, ...] = ("CPU time", "GPU time", "FLOPs", "energy", "bytes down", "bytes up", "disk")
 
 
 class Part(BaseModel):
@@ -62,6 +43,9 @@ class StudyFacts(Part):
         title: Title a person reads.
         resolved_hash: SHA-256 of the resolved study.
         base_hash: SHA-256 of the frozen public base.
+        start_hash: SHA-256 of the trainable state of round 0.
+        reference_hash: SHA-256 of the coordinator's reference table.
+        departures: Where and why the study departs from the released MSDM.
         generator: Generator family and size.
         trainable_parameters: Number of parameters in the trainable state.
         image_size: Side of the square images the generator draws, in pixels.
@@ -71,6 +55,9 @@ class StudyFacts(Part):
     title: str
     resolved_hash: str
     base_hash: str
+    start_hash: str = ""
+    reference_hash: str = ""
+    departures: list[str] = []
     generator: str
     trainable_parameters: int = Field(ge=0)
     image_size: int = Field(gt=0)
@@ -88,6 +75,7 @@ class SiteFacts(Part):
         sigma: Noise multiplier of the site's mechanism.
         rounds_answered: Rounds with a reply.
         rounds_absent: Rounds without a reply in time.
+        rounds_rejected: Rounds whose reply was thrown away.
         refusals: One sentence for each refusal.
     """
 
@@ -99,6 +87,7 @@ class SiteFacts(Part):
     sigma: float | None = None
     rounds_answered: int = Field(default=0, ge=0)
     rounds_absent: int = Field(default=0, ge=0)
+    rounds_rejected: int = Field(default=0, ge=0)
     refusals: list[str] = []
 
 
@@ -124,9 +113,11 @@ class RoundFacts(Part):
     Attributes:
         round: Number of the round.
         released: Whether enough sites answered for a new state.
+        state_hash: SHA-256 of the trainable state after the round.
         epsilon: Site to privacy loss spent by the end of the round.
         replied: Sites whose reply entered the round.
         refused: Site to its refusal, as a sentence.
+        rejected: Site to why its reply was thrown away.
         absent: Sites that did not answer in time.
         bytes_down: Bytes sent to all sites together.
         bytes_up: Bytes received from all sites together.
@@ -144,9 +135,11 @@ class RoundFacts(Part):
 
     round: int = Field(ge=0)
     released: bool = True
+    state_hash: str = ""
     epsilon: dict[str, float] = {}
     replied: list[str] = []
     refused: dict[str, str] = {}
+    rejected: dict[str, str] = {}
     absent: list[str] = []
     bytes_down: int = Field(default=0, ge=0)
     bytes_up: int = Field(default=0, ge=0)
@@ -162,26 +155,6 @@ class RoundFacts(Part):
     medvqa: MedvqaScores | None = None
 
 
-class CostRow(Part):
-    """One figure of cost. Rows are disjoint: the report adds them up, so no row may be a total.
-
-    Attributes:
-        phase: What the cost was for.
-        where: Site, "server", or "all sites".
-        quantity: What was counted.
-        value: The figure, in `unit`.
-        unit: s, FLOP, J or B.
-        source: How the figure was obtained.
-    """
-
-    phase: Phase
-    where: str
-    quantity: Quantity
-    value: float = Field(ge=0, allow_inf_nan=False)
-    unit: Unit
-    source: Source
-
-
 class Metrics(Part):
     """Everything the report shows.
 
@@ -190,6 +163,8 @@ class Metrics(Part):
         study: The study.
         simulated: Whether the sites were simulated on one machine.
         private: Whether every round ran under differential privacy.
+        finished: Whether the last round of the study is there.
+        rounds_planned: Rounds of the study; 0 where that is not known.
         created: ISO 8601 date, or date and time, of writing.
         code_version: Version of the installed package.
         sites: One entry for each site.
@@ -197,12 +172,16 @@ class Metrics(Part):
         audit: What the audit tap shows, one entry for each site that sent one.
         federated_fidelity: DP-CMMD against the sites' own images, where the study asks for it.
         gates: What the sites said after their leakage gate, where the study asks for it.
-        cost: What was spent.
-        forecast: What `plan` had forecast.
+        cost: The cost ledger: what each phase cost at each place in each round.
+        forecast: The same before anything ran, over the whole study.
+        cost_settings: Prices, the grid's intensity and the level of KID by which the ledger is read.
+        cost_summary: What the ledger comes to; `write_report` fills it.
+        cost_notes: What a reader of the ledger must know.
         prompts: Evaluation prompts, in the order of the rows of every sample sheet.
         guarantee: Sentences that state the privacy guarantee.
         not_covered: Sentences that state what it does not cover.
         study_json: The resolved study.
+        headline: The verdict in one sentence; `write_report` fills it.
         verdict: The verdict in words; `write_report` fills it.
         seconds_total: Wall time from start to end.
     """
@@ -211,6 +190,8 @@ class Metrics(Part):
     study: StudyFacts
     simulated: bool
     private: bool
+    finished: bool = True
+    rounds_planned: int = Field(default=0, ge=0)
     created: str
     code_version: str
     sites: list[SiteFacts]
@@ -218,14 +199,30 @@ class Metrics(Part):
     audit: list[SiteAudit] = []
     federated_fidelity: FederatedFidelity | None = None
     gates: list[SiteGate] = []
-    cost: list[CostRow] = []
-    forecast: list[CostRow] = []
+    cost: list[CostEntry] = []
+    forecast: list[CostEntry] = []
+    cost_settings: CostSettings = CostSettings()
+    cost_summary: CostSummary | None = None
+    cost_notes: list[str] = []
     prompts: list[str] = []
     guarantee: list[str] = []
     not_covered: list[str] = []
     study_json: dict[str, Any] = {}
+    headline: str = ""
     verdict: list[str] = []
     seconds_total: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _sites_keep_what_they_measured(self) -> Metrics:
+        """PRIVACY.md, rule 12: a real site's figures follow from public quantities."""
+        if not self.simulated:
+            for row in (*self.cost, *self.forecast):
+                told = [
+                    name for name, found in row.figures.items() if found.source in ("measured", "sampled")
+                ]
+                if row.where != SERVER and told:
+                    raise ValueError(f"{row.where}: {told[0]} was measured at a site, which may not leave it")
+        return self
 
 
 def evaluated_rounds(metrics: Metrics) -> list[RoundFacts]:
@@ -251,23 +248,6 @@ def round_epsilon(facts: RoundFacts) -> float | None:
     """Largest finite epsilon over the sites by the end of a round, or None."""
     spent = [e for e in facts.epsilon.values() if math.isfinite(e)]
     return max(spent) if spent else None
-
-
-def total(rows: list[CostRow], quantity: Quantity, phases: tuple[Phase, ...] | None = None) -> float | None:
-    """Add up one additive quantity.
-
-    Args:
-        rows: Disjoint cost rows.
-        quantity: One of `ADDITIVE`.
-        phases: Only these phases; None is all of them.
-
-    Returns:
-        The sum in the quantity's unit, or None where no row states it.
-    """
-    if quantity not in ADDITIVE:
-        raise ValueError(f"{quantity} does not add up over sites")
-    values = [r.value for r in rows if r.quantity == quantity and (phases is None or r.phase in phases)]
-    return sum(values) if values else None
 
 
 def bytes_moved(metrics: Metrics) -> tuple[int, int]:

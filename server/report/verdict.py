@@ -14,13 +14,13 @@ from typing import Literal
 from polyclinic.server.evaluation.estimate import Estimate
 from polyclinic.server.evaluation.probe import Faithfulness, faithfulness_change
 from polyclinic.server.report import wording
+from polyclinic.server.report.costs import total
 from polyclinic.server.report.metrics import (
     Metrics,
     RoundFacts,
     bytes_moved,
     evaluated_rounds,
     first_and_last,
-    total,
     worst_epsilon,
 )
 from polyclinic.server.report.wording import listed, number, percent
@@ -192,15 +192,47 @@ def privacy_sentences(metrics: Metrics) -> list[str]:
     return said
 
 
+def utility_sentences(facts: RoundFacts | None) -> list[str]:
+    """Say whether adding the images to real ones helps, and what they are worth alone."""
+    if facts is None or facts.utility is None or facts.utility.overall is None:
+        return []
+    row = facts.utility.overall
+    gain = row.gain
+    opening = {
+        "above": "Adding the images to real ones helps a classifier",
+        "below": "Adding the images to real ones harms a classifier",
+        "overlapping": "Adding the images to real ones neither helps nor harms a classifier measurably",
+        "unknown": "Whether adding the images to real ones helps is not known, for want of an interval",
+    }[against(gain, 0.0)]
+    text = f"{opening}: {100 * gain.value:+.1f} points of balanced accuracy"
+    if gain.low is not None and gain.high is not None:
+        text += f" (95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+    return [
+        text + ".",
+        f"A classifier that has seen only drawn images reaches {written_share(row.synthetic)}; one that has "
+        f"seen real images {written_share(row.real)}; chance is {percent(row.chance)}.",
+    ]
+
+
+def leakage_verdict(metrics: Metrics) -> list[str]:
+    """Say which sites withheld their release."""
+    held = [gate.site for gate in metrics.gates if gate.verdict == "not released"]
+    return [f"NOT RELEASED by {listed(held)}, after its own search for copies."] if held else []
+
+
 def participation_sentences(metrics: Metrics) -> list[str]:
     """Name what went missing on the way."""
     refused = sum(len(r.refused) for r in metrics.rounds)
     absent = sum(len(r.absent) for r in metrics.rounds)
+    rejected = sum(len(r.rejected) for r in metrics.rounds)
     lost = [r.round for r in metrics.rounds if r.round > 0 and not r.released]
     said = []
     if refused or absent:
         replies = wording.plural(absent, "missing reply", "missing replies")
         said.append(f"On the way, sites gave {wording.count(refused, 'refusal')} and {replies}.")
+    if rejected:
+        thrown = wording.plural(rejected, "reply", "replies")
+        said.append(f"The server threw away {thrown} that no honest site sends.")
     if lost:
         said.append(
             f"{wording.count(len(lost), 'round')} released nothing for want of sites, yet budget was spent."
@@ -211,7 +243,7 @@ def participation_sentences(metrics: Metrics) -> list[str]:
 def cost_sentence(metrics: Metrics) -> str:
     """State wall time, compute and bytes."""
     parts = [f"{wording.seconds(metrics.seconds_total)} from start to end"]
-    gpu, cpu = total(metrics.cost, "GPU time"), total(metrics.cost, "CPU time")
+    gpu, cpu = total(metrics.cost, "gpu_s"), total(metrics.cost, "cpu_s")
     if gpu:
         parts.append(f"{wording.seconds(gpu)} of GPU time")
     if cpu:
@@ -221,6 +253,57 @@ def cost_sentence(metrics: Metrics) -> str:
         parts.append(f"{wording.scaled(down, 'B')} sent to sites and {wording.scaled(up, 'B')} received")
     own = "" if metrics.simulated else " The computing is the coordinator's: sites keep theirs to themselves."
     return f"It took {listed(parts)}.{own}"
+
+
+def headline(metrics: Metrics) -> str:
+    """Say in one sentence what came of the run: closeness to real images, prompts, privacy."""
+    ends = first_and_last(metrics)
+    if ends is None or ends[1].fidelity is None or ends[0].fidelity is None:
+        parts = [
+            "Nothing is known about the images yet" if not metrics.finished else "The images were not judged"
+        ]
+    else:
+        parts = [_closeness(ends[0], ends[1])]
+        if ends[1].faithfulness is not None:
+            overall = ends[1].faithfulness.overall
+            parts.append(
+                "they follow their prompts more often than chance"
+                if against(overall.accuracy, overall.chance) == "above"
+                else "it is not shown that they follow their prompts"
+            )
+    epsilon = worst_epsilon(metrics)
+    if not metrics.private:
+        parts.append("nothing protects the patients behind them")
+    elif any(a.alarms for a in metrics.audit):
+        parts.append("an audit alarm stands against the privacy that was claimed")
+    elif epsilon is not None and math.isfinite(epsilon):
+        parts.append(f"each site’s patients lost at most epsilon {wording.bound(epsilon)}")
+    else:
+        parts.append("no privacy claim can be made")
+    held = [gate.site for gate in metrics.gates if gate.verdict == "not released"]
+    parts += [f"{listed(held)} did not release it"] if held else []
+    return "; ".join(parts) + "."
+
+
+def _closeness(start: RoundFacts, final: RoundFacts) -> str:
+    """Say how the final images stand to the start's and to real ones."""
+    assert start.fidelity is not None
+    assert final.fidelity is not None
+    kid = final.fidelity.kid
+    apart = kid.floor is None or against(kid, kid.floor) in ("above", "unknown")
+    far = (
+        "can still be told apart from them" if apart else "cannot be told apart from them at this sample size"
+    )
+    if start.round == final.round:
+        verb = "differ measurably from real ones" if apart else "cannot be told apart from real ones"
+        return f"The images {verb}" + ("" if apart else " at this sample size")
+    moved = {
+        "below": "came closer to real ones",
+        "above": "moved away from real ones",
+        "overlapping": "came no clearly closer to real ones",
+        "unknown": "may or may not have come closer to real ones",
+    }[order(kid, start.fidelity.kid)]
+    return f"The images {moved} {'but' if moved.startswith('came closer') and apart else 'and'} {far}"
 
 
 def verdict(metrics: Metrics) -> list[str]:
@@ -243,7 +326,9 @@ def verdict(metrics: Metrics) -> list[str]:
         said += [best] if best else []
         earlier = start.faithfulness if start.round != final.round else None
         said += faithfulness_sentences(earlier, final.faithfulness)
+    said += utility_sentences(next((r for r in reversed(metrics.rounds) if r.utility is not None), None))
     said += privacy_sentences(metrics)
+    said += leakage_verdict(metrics)
     said += participation_sentences(metrics)
     said.append(cost_sentence(metrics))
     return said

@@ -9,17 +9,13 @@ from pathlib import Path
 from polyclinic.server.evaluation.estimate import Estimate
 from polyclinic.server.evaluation.probe import ConceptFaithfulness, Faithfulness
 from polyclinic.server.report import plots, wording
+from polyclinic.server.report.costs import NAMES, Quantity, total
 from polyclinic.server.report.metrics import (
-    ADDITIVE,
-    UNIT_OF,
-    CostRow,
     Metrics,
-    Quantity,
     RoundFacts,
     bytes_moved,
     evaluated_rounds,
     first_and_last,
-    total,
     worst_epsilon,
 )
 from polyclinic.server.report.pictures import cut, spread
@@ -30,13 +26,17 @@ ROUNDS_SHOWN, ROUNDS_SHOWN_NARROW, PROMPTS_SHOWN = 8, 4, 12
 
 @dataclass(frozen=True)
 class Scale:
-    """A small bar: an interval, the start's value and the floor, each in percent of the bar's length."""
+    """A small bar: an interval, a value to compare with and the floor, in percent of the bar's length.
+
+    `ends` names places under the bar.
+    """
 
     low: float
     high: float
     value: float
     start: float | None
     floor: float | None
+    ends: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,20 +98,6 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class CostLine:
-    """One line of the cost table."""
-
-    phase: str
-    where: str
-    quantity: str
-    actual: str = wording.DASH
-    source: str = ""
-    forecast: str = wording.DASH
-    forecast_source: str = ""
-    ratio: str = ""
-
-
-@dataclass(frozen=True)
 class Event:
     """A round in which something went missing."""
 
@@ -138,13 +124,11 @@ def scale_of(kid: Estimate, start: Estimate | None) -> Scale | None:
     def at(value: float) -> float:
         return round(min(100.0, max(0.0, 100 * value / top)), 2)
 
-    return Scale(
-        at(kid.low),
-        at(kid.high),
-        at(kid.value),
-        at(start.value) if start else None,
-        at(kid.floor) if kid.floor is not None else None,
-    )
+    began = at(start.value) if start else None
+    # A name under the bar needs room to its left.
+    ends = (("start", began),) if began is not None and began > 35 else ()
+    floor = at(kid.floor) if kid.floor is not None else None
+    return Scale(at(kid.low), at(kid.high), at(kid.value), began, floor, ends)
 
 
 def floor_words(estimate: Estimate) -> str:
@@ -159,7 +143,7 @@ def floor_words(estimate: Estimate) -> str:
 
 def sample_size(estimate: Estimate) -> str:
     """State how many images and groups an estimate stands on."""
-    return f"{estimate.n:,} images, {estimate.groups:,} reference patients"
+    return f"{estimate.n:,} images, {estimate.groups:,} patients"
 
 
 def fidelity_card(metrics: Metrics) -> Card:
@@ -180,36 +164,64 @@ def fidelity_card(metrics: Metrics) -> Card:
 
 
 def epsilon_card(metrics: Metrics) -> Card:
-    """The largest epsilon over the sites, or the absence of any bound."""
+    """The largest epsilon over the sites as claimed and as audited, or the absence of any bound."""
     epsilon = worst_epsilon(metrics)
-    title = "Privacy loss (epsilon)"
+    title = "Privacy loss of a patient (epsilon)"
     if epsilon is None or math.isinf(epsilon):
         return Card(title, "∞" if epsilon else wording.DASH, ["no bound on what it reveals"], alarm=True)
-    lines = ["the largest over " + wording.count(len(metrics.sites), "site")]
     deltas = [s.delta for s in metrics.sites if s.delta is not None]
-    if deltas:
-        lines.append(f"delta {wording.bound(max(deltas))}")
+    at = f" at delta {wording.bound(max(deltas))}" if deltas else ""
+    lines = [f"claimed{at}, {wording.count(len(metrics.sites), 'site')}"]
+    alarmed = [a.site for a in metrics.audit if a.alarms]
+    bounds = [a.bound.epsilon for a in metrics.audit if a.bound is not None]
+    if alarmed:
+        lines.append(f"AUDIT ALARM at {wording.listed(alarmed)}")
+    elif metrics.audit:
+        lines.append("audited: the noise is as claimed")
+    else:
+        lines.append("not audited")
+    if bounds:
+        lines.append(f"audited: refuted below {number(max(bounds))}")
     caps = [s.epsilon_cap for s in metrics.sites if s.epsilon_cap is not None]
     if caps:
         lines.append(f"sites allow {min(caps):g}" + (f" to {max(caps):g}" if len(set(caps)) > 1 else ""))
-    return Card(title, wording.bound(epsilon), [*lines, "for adding or removing one patient"])
+    return Card(
+        title, wording.bound(epsilon), lines, alarm=bool(alarmed), scale=epsilon_scale(epsilon, bounds, caps)
+    )
+
+
+def epsilon_scale(epsilon: float, bounds: list[float], caps: list[float]) -> Scale | None:
+    """Place the audited lower bound and the claim on a bar that ends beyond the largest cap."""
+    if not bounds or not caps:
+        return None
+    top = 1.06 * max(epsilon, *caps)
+    at = [round(100 * value / top, 2) for value in (max(bounds), epsilon, max(caps))]
+    return Scale(
+        min(at[0], at[1]), at[1], at[1], at[2], None, ends=(("refuted below", at[0]), ("cap", at[2]))
+    )
 
 
 def cost_card(metrics: Metrics) -> Card:
-    """Compute first, then time, traffic and energy."""
+    """Computing first, then time, traffic, energy, CO2 and money."""
     down, up = bytes_moved(metrics)
+    summary = metrics.cost_summary
     lines = [f"{wording.seconds(metrics.seconds_total)} from start to end"]
     lines += [f"{wording.scaled(down, 'B')} down, {wording.scaled(up, 'B')} up"] if down or up else []
-    joules = total(metrics.cost, "energy")
-    if joules:
-        sources = sorted({row.source for row in metrics.cost if row.quantity == "energy"})
-        lines.append(f"{wording.energy(joules)} ({wording.listed(sources)})")
-    options: tuple[Quantity, ...] = ("GPU time", "CPU time")
+    for t in summary.totals if summary else []:
+        if t.quantity == "energy_j" and t.value:
+            grams = summary.co2_g if summary else None
+            co2 = f", {wording.scaled(grams, 'g')} CO2" if grams is not None else ""
+            lines.append(f"{wording.energy(t.value)}{co2} ({t.source})")
+    if summary and summary.money is not None:
+        lines.append(f"{number(summary.money)} {summary.currency}")
+    options: tuple[Quantity, ...] = ("gpu_s", "cpu_s")
     for name in options:
         value = total(metrics.cost, name)
         if value:
+            if not metrics.simulated:
+                lines.append("the coordinator's computing; sites keep theirs")
             figure, _, unit = wording.seconds(value).rpartition(" ")
-            return Card(f"Cost ({name})", figure, lines, unit=unit)
+            return Card(f"Cost ({NAMES[name][0]})", figure, lines, unit=unit)
     figure, _, unit = wording.seconds(metrics.seconds_total).rpartition(" ")
     return Card("Cost (wall time)", figure, lines[1:] or ["nothing else was measured"], unit=unit)
 
@@ -310,49 +322,12 @@ def epsilon_chart(metrics: Metrics) -> plots.Chart | None:
     return plots.epsilon_over_rounds(lines, caps)
 
 
-def cost_lines(metrics: Metrics) -> list[CostLine]:
-    """Every figure with its source, its forecast beside it; forecasts that nothing met come last."""
-
-    def key(row: CostRow) -> tuple[str, str, str]:
-        return row.phase, row.where, row.quantity
-
-    forecast = {key(row): row for row in metrics.forecast}
-    lines = []
-    for row in metrics.cost:
-        expected = forecast.pop(key(row), None)
-        line = CostLine(row.phase, row.where, row.quantity, wording.cost(row), row.source)
-        if expected is not None:
-            ratio = f"{number(row.value / expected.value, 2)} x" if expected.value > 0 else ""
-            line = CostLine(
-                row.phase, row.where, row.quantity, wording.cost(row), row.source,
-                wording.cost(expected), expected.source, ratio,
-            )  # fmt: skip
-        lines.append(line)
-    for row in forecast.values():
-        lines.append(
-            CostLine(
-                row.phase, row.where, row.quantity, forecast=wording.cost(row), forecast_source=row.source
-            )
-        )
-    return lines
-
-
-def cost_totals(metrics: Metrics) -> list[tuple[str, str, str]]:
-    """Quantity, total and sources of every quantity that adds up."""
-    totals: list[tuple[str, str, str]] = []
-    for name in ADDITIVE:
-        value = total(metrics.cost, name)
-        if value is not None:
-            sources = sorted({row.source for row in metrics.cost if row.quantity == name})
-            totals.append((name, wording.quantity(value, UNIT_OF[name]), wording.listed(sources)))
-    return totals
-
-
 def events(metrics: Metrics) -> list[Event]:
     """Rounds with refusals, absences or no release."""
     found = []
     for r in metrics.rounds:
         lines = [f"{site} refused: {why.removeprefix('refused ')}" for site, why in r.refused.items()]
+        lines += [f"reply of {site} rejected: {why}" for site, why in r.rejected.items()]
         lines += [f"no reply in time from {wording.listed(r.absent, 20)}"] if r.absent else []
         if lines or (r.round > 0 and not r.released):
             found.append(Event(r.round, r.released, lines))

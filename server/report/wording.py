@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from polyclinic.server.evaluation.estimate import Estimate
-from polyclinic.server.report.metrics import CostRow, Metrics
+from polyclinic.server.report.metrics import Metrics
 
 DASH = "–"
 
@@ -102,11 +102,6 @@ def quantity(value: float, unit: str) -> str:
     if unit == "s":
         return seconds(value)
     return energy(value) if unit == "J" else scaled(value, unit)
-
-
-def cost(row: CostRow) -> str:
-    """Write one row of cost."""
-    return quantity(row.value, row.unit)
 
 
 def count(value: int, noun: str) -> str:

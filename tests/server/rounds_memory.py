@@ -13,6 +13,7 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from safetensors.torch import save
 
+from polyclinic.common.cost import Meter
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.generators.public import hash_state
 from polyclinic.server.checkpoints import Checkpoint, RoundRecord, save_checkpoint
@@ -62,10 +63,11 @@ def main(run_dir: Path, transport: str, rule: str) -> None:
     Fast.file, Fast.tensor_hash = run_dir / "reply", sha256(raw(tensor)).hexdigest()
     Fast.file.write_bytes(save({name: tensor.clone() for name in SHAPES}))
     del tensor
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = memory("VmRSS")
-    run_rounds(grid, study, run_dir)
-    print(size, Fast.bytes_of_reply, memory("VmHWM") - before)
+    # A meter, since the round has meters of its own, which reset the kernel's high-water mark.
+    with Meter() as meter:
+        run_rounds(grid, study, run_dir)
+    print(size, Fast.bytes_of_reply, meter.measurement.peak_bytes - before)
 
 
 main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -15,9 +15,11 @@ from PIL import Image
 
 from polyclinic.common.refusals import BadInput
 from polyclinic.server.report import html, wording
+from polyclinic.server.report.comparison import write_comparison
 from polyclinic.server.report.contest import comparison_verdict
-from polyclinic.server.report.html import read_metrics, write_comparison, write_report
-from polyclinic.server.report.metrics import Metrics, SampleSheet, total
+from polyclinic.server.report.costs import total
+from polyclinic.server.report.html import read_metrics, write_report
+from polyclinic.server.report.metrics import Metrics, SampleSheet
 from polyclinic.server.report.pictures import cut, spread
 from polyclinic.server.report.verdict import verdict
 from tests.server.report_fakes import PROMPTS, estimate, faithfulness, fake_run, fidelity
@@ -61,7 +63,8 @@ def test_page_is_self_contained_and_complete(run: tuple[Path, Metrics]) -> None:
         assert wanted in page.text, wanted
     assert "NOT PRIVATE" not in page.text
     pictures = [a for t, a in page.tags if t == "img"]
-    assert len(pictures) == 2 * 3 * len(PROMPTS)
+    # Two draws at three rounds, and the strip of the first screen.
+    assert len(pictures) == 2 * 3 * len(PROMPTS) + len(PROMPTS)
     assert all(a.get("alt") for a in pictures)
     ids = [a["id"] for _, a in page.tags if "id" in a]
     anchors = {(a["href"] or "")[1:] for t, a in page.tags if t == "a"}
@@ -82,7 +85,7 @@ def test_drawings_are_coloured_by_the_page(run: tuple[Path, Metrics]) -> None:
 
 def test_numbers_survive_the_round_trip(run: tuple[Path, Metrics], tmp_path: Path) -> None:
     folder, metrics = run
-    expected = metrics.model_copy(update={"verdict": verdict(metrics)})
+    expected = html.concluded(metrics)
     assert read_metrics(folder / "metrics.json") == expected
     bare = fake_run(tmp_path, private=False, last=2)
     write_report(tmp_path, bare)
@@ -92,6 +95,15 @@ def test_numbers_survive_the_round_trip(run: tuple[Path, Metrics], tmp_path: Pat
     again = read_metrics(tmp_path / "metrics.json")
     assert again.sites[0].epsilon == math.inf
     assert again.rounds[2].epsilon == bare.rounds[2].epsilon
+
+
+def test_a_real_sites_measured_cost_cannot_enter_a_report(run: tuple[Path, Metrics]) -> None:
+    """PRIVACY.md, rule 12: only a simulation may show it."""
+    values = json.loads(run[1].model_dump_json()) | {"simulated": False}
+    with pytest.raises(ValueError, match=r"north: \w+_s was measured at a site"):
+        Metrics.model_validate(values)
+    values["cost"] = [row for row in values["cost"] if row["where"] == "server"]
+    assert Metrics.model_validate(values).cost
 
 
 def test_unknown_field_is_refused(run: tuple[Path, Metrics]) -> None:
@@ -276,8 +288,8 @@ def test_wording() -> None:
 
 def test_wall_time_is_never_added_up(run: tuple[Path, Metrics]) -> None:
     with pytest.raises(ValueError, match="wall time"):
-        total(run[1].cost, "wall time")
-    assert total(run[1].cost, "CPU time") == pytest.approx(38.4 + 311 + 96.2)
+        total(run[1].cost, "wall_s")
+    assert total(run[1].cost, "up_bytes") == 12 * 17_400_000
 
 
 def test_hundreds_of_sites_and_rounds_stay_readable(tmp_path: Path) -> None:

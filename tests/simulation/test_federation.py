@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from polyclinic.client.approval import find_approval
 from polyclinic.client.ledger import read_lines
 from polyclinic.server.app import load_resolved
+from polyclinic.server.report.costs import merged, total
 from polyclinic.server.report.html import read_metrics
 from tests.simulation.conftest import call, command, write_study
 
@@ -50,9 +51,27 @@ def test_a_run_ends_in_a_report_stamped_not_private(undisturbed: tuple[Path, Pat
     assert metrics.simulated
     assert [facts.round for facts in metrics.rounds] == [0, 1, 2, 3]
     assert [facts.evaluated for facts in metrics.rounds] == [True, False, True, True]
-    down = next(row for row in metrics.cost if row.quantity == "bytes down")
     parameters = metrics.study.trainable_parameters
-    assert 3 * 3 * 2 * parameters < down.value < 3 * 3 * 2 * parameters * 1.1  # bf16, and a hash a tensor
+    rows = {
+        (row.phase, row.where): merged(
+            r for r in metrics.cost if (r.phase, r.where) == (row.phase, row.where)
+        )
+        for row in metrics.cost
+    }
+    planned = {(row.phase, row.where): row.figures for row in metrics.forecast}
+    for site in ("north", "coast", "valley"):
+        down = rows["train", site]["down_bytes"].value
+        assert 3 * 2 * parameters < down < 3 * 2 * parameters * 1.1  # bf16, and a hash a tensor
+        # A site's bytes stand beside that site's forecast, and operations are those that were planned.
+        assert down == pytest.approx(planned["train", site]["down_bytes"].value, rel=0.01)
+        assert rows["train", site]["flops"].value == pytest.approx(planned["train", site]["flops"].value)
+        assert rows["train", site]["cpu_s"].source == rows["cache", site]["cpu_s"].source == "measured"
+        assert planned["train", site]["wall_s"].source == "estimated"
+    # Rounds 0, 2 and 3 were judged, as planned.
+    assert rows["sample", "server"]["flops"] == planned["sample", "server"]["flops"]
+    assert {"combine", "wait", "sample", "evaluate"} == {phase for phase, where in rows if where == "server"}
+    assert metrics.cost_summary is not None
+    assert 0 < (metrics.cost_summary.critical_path_s or 0) < metrics.cost_summary.clock_s
     assert (folder / "MODEL_CARD.md").exists()
 
 
@@ -143,8 +162,7 @@ def test_compare_draws_three_arms_on_equal_examples(random_vae: Path, tmp_path: 
         assert arm in page
     folders = sorted(path for path in (tmp_path / "home" / "runs").iterdir() if path.is_dir())
     flops = [
-        sum(row.value for row in read_metrics(folder / "metrics.json").cost if row.quantity == "FLOPs")
-        for folder in folders
+        total(read_metrics(folder / "metrics.json").cost, "flops", ("train",)) or 0.0 for folder in folders
     ]
     assert len(flops) == 3
     # FLOPs are counted from declared sizes, the same patients at the same rate in every arm.

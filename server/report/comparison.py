@@ -1,0 +1,170 @@
+"""One page that compares arms judged alike: the frontier of privacy, fidelity and cost, and their images."""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path
+
+from polyclinic.common.files import write_atomic
+from polyclinic.server.evaluation.estimate import Fidelity
+from polyclinic.server.evaluation.probe import ConceptFaithfulness
+from polyclinic.server.report import plots, view, wording
+from polyclinic.server.report.contest import comparison_verdict, compute
+from polyclinic.server.report.costs import LEARNING, total
+from polyclinic.server.report.html import REPORT, environment
+from polyclinic.server.report.metrics import (
+    Metrics,
+    bytes_moved,
+    evaluated_rounds,
+    first_and_last,
+    round_epsilon,
+    worst_epsilon,
+)
+from polyclinic.server.report.pictures import cut
+
+# A comparison shows this many draws of each prompt and arm.
+DRAWS_COMPARED = 4
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One line of the comparison's table."""
+
+    name: str
+    title: str
+    link: str
+    private: bool
+    epsilon: float | None
+    fidelity: Fidelity | None
+    overall: ConceptFaithfulness | None
+    gpu: str
+    cpu: str
+    bytes: str
+
+
+def link_to(report: Path, page: Path) -> str:
+    """Write a relative link from a page to another file; empty where that file is not there."""
+    if not report.is_file():
+        return ""
+    return urllib.parse.quote(Path(os.path.relpath(report, page.parent)).as_posix())
+
+
+def arm_row(name: str, title: str, metrics: Metrics, link: str) -> ArmRow:
+    """Prepare one line of the comparison's table."""
+    ends = first_and_last(metrics)
+    faithfulness = ends[1].faithfulness if ends else None
+
+    def hours(value: float | None) -> str:
+        return wording.seconds(value) if value else wording.DASH
+
+    return ArmRow(
+        name,
+        title,
+        link,
+        metrics.private,
+        worst_epsilon(metrics),
+        ends[1].fidelity if ends else None,
+        faithfulness.overall if faithfulness else None,
+        hours(total(metrics.cost, "gpu_s", LEARNING)),
+        hours(total(metrics.cost, "cpu_s", LEARNING)),
+        wording.scaled(sum(bytes_moved(metrics)), "B"),
+    )
+
+
+def own_title(metrics: Metrics, shared: str) -> str:
+    """Write an arm's title without the words that all arms' titles begin with."""
+    return metrics.study.title.removeprefix(shared).strip(" ,:;–-()")
+
+
+def frontier_charts(names: list[str], arms: list[Metrics]) -> list[tuple[str, plots.Chart]]:
+    """KID against epsilon, and KID against compute where every arm states it."""
+    judged = [(name, arm, ends[1].fidelity.kid) for name, arm in zip(names, arms, strict=True)
+              if (ends := first_and_last(arm)) and ends[1].fidelity]  # fmt: skip
+    if not judged:
+        return []
+    floors = [kid.floor for _, _, kid in judged if kid.floor is not None]
+    floor = max(floors, default=None)
+    guarded, priced = [], []
+    for name, arm, kid in judged:
+        epsilon = worst_epsilon(arm) if arm.private else None
+        trail = [
+            (e, r.fidelity.kid.value)
+            for r in evaluated_rounds(arm)
+            if arm.private and r.fidelity and (e := 0.0 if r.round == 0 else round_epsilon(r)) is not None
+        ]
+        finite = epsilon if plots.finite(epsilon) else None
+        guarded.append(plots.Arm(name, finite, kid.value, kid.low, kid.high, trail))
+    charts = [("KID against privacy loss", plots.frontier(guarded, "epsilon", floor, "epsilon"))]
+    quantity, unit, values = compute([arm for _, arm, _ in judged])
+    size, unit_name = wording.axis_unit(max((v for v in values if v is not None), default=0.0), unit)
+    for (name, _, kid), value in zip(judged, values, strict=True):
+        if value is not None:
+            priced.append(plots.Arm(name, value / size, kid.value, kid.low, kid.high))
+    if len(priced) == len(judged):
+        charts.append(
+            ("KID against compute", plots.frontier(priced, f"{quantity}, {unit_name}", floor, "compute"))
+        )
+    return charts
+
+
+def side_by_side(names: list[str], arms: list[Metrics], arm_dirs: list[Path]) -> view.SampleTable | None:
+    """Set the last images of all arms beside each other, prompt by prompt."""
+    columns, pictures, size = [], [], 0
+    prompts = max((arm.prompts for arm in arms), key=len, default=[])
+    for i, (name, arm, folder) in enumerate(zip(names, arms, arm_dirs, strict=True)):
+        drawn = [r for r in arm.rounds if r.samples is not None]
+        if not drawn or drawn[-1].samples is None:
+            continue
+        columns.append(view.SampleColumn(drawn[-1].round, name, i < view.ROUNDS_SHOWN_NARROW))
+        sheet = drawn[-1].samples
+        found = cut(folder, sheet, DRAWS_COMPARED if len(arms) < 5 and sheet.columns >= DRAWS_COMPARED else 2)
+        # Arms may list the same prompts in another order; a row must show one prompt.
+        pictures.append(dict(zip(arm.prompts, found, strict=False)))
+        size = max(size, drawn[-1].samples.image_size)
+    if not columns:
+        return None
+    rows = [view.SampleRow(prompt, [p.get(prompt, []) for p in pictures]) for prompt in prompts]
+    return view.SampleTable(columns, rows, size < 128, size)
+
+
+def write_comparison(path: Path, arms: list[Metrics], arm_dirs: list[Path]) -> Path:
+    """Write one page that compares arms judged alike.
+
+    Args:
+        path: Where the page will stand.
+        arms: Metrics of each arm; `study.name` names it, less the beginning all names share.
+        arm_dirs: Run directory of each arm, for its images and for links to its report.
+
+    Returns:
+        The path.
+
+    Raises:
+        BadInput: A sample sheet is missing or broken, or the disk is full.
+        ValueError: No arms, or not one directory an arm.
+    """
+    if not arms or len(arms) != len(arm_dirs):
+        raise ValueError(f"{len(arms)} arms and {len(arm_dirs)} directories")
+    names = wording.arm_names(arms)
+    shared = wording.shared_title(arms)
+    rows = [
+        arm_row(name, own_title(arm, shared), arm, link_to(folder / REPORT, path))
+        for name, arm, folder in zip(names, arms, arm_dirs, strict=True)
+    ]
+    values = {
+        "title": shared,
+        "names": names,
+        "rows": rows,
+        "verdict": comparison_verdict(arms),
+        "open_arms": [name for name, arm in zip(names, arms, strict=True) if not arm.private],
+        "simulated": any(arm.simulated for arm in arms),
+        "created": max(arm.created for arm in arms),
+        "code_version": arms[0].code_version,
+        "charts": frontier_charts(names, arms),
+        "samples": side_by_side(names, arms, arm_dirs),
+        "notes": sorted({w for row in rows if row.fidelity for w in row.fidelity.warnings}),
+    }
+    text = environment().get_template("compare.html.j2").render(values)
+    write_atomic(path, text.encode())
+    return path
