@@ -161,7 +161,8 @@ def wider(metrics: Metrics) -> Metrics:
             "state_hash": f"{r.round:02d}5a" * 16,
             "cosine": PromptCosine(
                 model="ikim-uk-essen/BiomedCLIP", cosine=estimate(0.24 + 0.05 * share, 0.01),
-                shuffled=estimate(0.23, 0.01), warning="Such scores do not understand negations.",
+                shuffled=estimate(0.23, 0.01), lift=estimate(0.01 + 0.05 * share, 0.01),
+                warning="Such scores do not understand negations.",
             ),
         }  # fmt: skip
         rounds.append(r.model_copy(update=update))
