@@ -17,10 +17,10 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from polyclinic.common.cost_settings import CostSettings
 from polyclinic.common.files import canonical_json
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.settings import (
-    CostSettings,
     DataSettings,
     EvaluationSettings,
     FederationSettings,

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from polyclinic.common.cost import read_costs
+from polyclinic.common.cost_settings import CostSettings
 from polyclinic.common.privacy.tap import COINS, SUM
-from polyclinic.common.settings import CostSettings
 from polyclinic.common.study import Resolved
 from polyclinic.server.alarms import claim_of
 from polyclinic.server.app import load_resolved

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from polyclinic.common.settings import CostSettings
+from polyclinic.common.cost_settings import CostSettings
 from polyclinic.server.report.costs import (
     ADDITIVE,
     LEARNING,

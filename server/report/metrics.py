@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from polyclinic.common.settings import CostSettings
+from polyclinic.common.cost_settings import CostSettings
 from polyclinic.server.evaluation.audit import SiteAudit
 from polyclinic.server.evaluation.estimate import Fidelity
 from polyclinic.server.evaluation.probe import Faithfulness

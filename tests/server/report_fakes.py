@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from polyclinic.common.settings import CostSettings
+from polyclinic.common.cost_settings import CostSettings
 from polyclinic.server.evaluation.audit import LowerBound, Measured, SiteAudit
 from polyclinic.server.evaluation.estimate import Estimate, Fidelity
 from polyclinic.server.evaluation.probe import ConceptFaithfulness, Faithfulness

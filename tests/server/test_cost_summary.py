@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from polyclinic.common.settings import CostSettings
+from polyclinic.common.cost_settings import CostSettings
 from polyclinic.server.report.cost_summary import summarise_cost, target
 from polyclinic.server.report.costs import CostEntry, CostSummary, entry, figure, merged, total
 from polyclinic.server.report.metrics import RoundFacts
