@@ -85,7 +85,7 @@ def _why_refused(theirs: str, ours: datetime) -> str:
         why = f"the clock here is {abs(off):.0f} s {where} the coordinator's; set it, and keep it set by NTP"
     else:
         why = "it does not know the node's key any more; ask the coordinator"
-    return f"the coordinator refuses this node's signature: {why}. Nothing was trained and nothing spent."
+    return f"the coordinator refuses this node's signature: {why}. Meanwhile it answers no round."
 
 
 def main() -> None:
