@@ -212,8 +212,7 @@ def _write(home: Path, approval: Approval, records: list[Record]) -> None:
     folder = home / "approvals"
     folder.mkdir(mode=0o700, exist_ok=True)
     if approval.data is not None:  # before the approval, which says that it is there
-        table = approval.resolved.study.data.table
-        watch_data(_watched(home, approval), approval.data, table, records)
+        watch_data(_watched(home, approval), home, approval.data, approval.resolved.study.data, records)
     path = folder / f"{approval.resolved.hash}.json"
     write_atomic(path, approval.model_dump_json(indent=1).encode(), mode=0o600)
 
@@ -301,7 +300,7 @@ def drift(home: Path, approval: Approval, study_hash: str | None = None) -> list
         found.append("the base's files")
     if approval.data is not None:
         data = approval.resolved.study.data
-        if data_drifted(_watched(home, approval), approval.data, data, approval.snapshot_hash):
+        if data_drifted(_watched(home, approval), home, approval.data, data, approval.snapshot_hash):
             found.append("the data")
     return found
 

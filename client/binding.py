@@ -15,8 +15,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from polyclinic.client.intake import site_records, watched_tables
 from polyclinic.common.data.cache import snapshot_hash
-from polyclinic.common.data.folder import read_folder
 from polyclinic.common.data.table import Record
 from polyclinic.common.files import write_json_atomic
 from polyclinic.common.generators.base import BaseFiles
@@ -120,16 +120,18 @@ def _hash_base(vae: Path, text: Path, max_tokens: int, frozen: Path | None) -> s
     return hash_base(vae, text, max_tokens, frozen)
 
 
-def watch_data(path: Path, folder: Path, table: str, records: list[Record]) -> None:
+def watch_data(path: Path, home: Path, folder: Path, data: DataSettings, records: list[Record]) -> None:
     """Remember names, sizes and times of the approved data, so that a round need not read it all."""
-    write_json_atomic(path, _seen([folder / table, *(record.image for record in records)]), mode=0o600)
+    files = [*watched_tables(home, data, folder), *(record.image for record in records)]
+    write_json_atomic(path, _seen(sorted(set(files))), mode=0o600)
 
 
-def data_drifted(path: Path, folder: Path, data: DataSettings, snapshot: str) -> bool:
+def data_drifted(path: Path, home: Path, folder: Path, data: DataSettings, snapshot: str) -> bool:
     """Tell whether the data is another than was approved; hash it only where something looks changed.
 
     Args:
         path: What `watch_data` wrote.
+        home: The site's home.
         folder: The data folder.
         data: The study's data table.
         snapshot: Approved snapshot hash.
@@ -138,12 +140,12 @@ def data_drifted(path: Path, folder: Path, data: DataSettings, snapshot: str) ->
         bound: Watched = json.loads(path.read_text(encoding="utf-8"))
         if _seen([Path(name) for name in bound]) == bound:
             return False
-        records = read_folder(folder, data.table, unit=data.unit)
+        records = site_records(home, data, folder)
         if snapshot_hash(records) != snapshot:
             return True
     except (OSError, ValueError, BadInput):
         return True  # something is gone, or cannot be read
-    watch_data(path, folder, data.table, records)  # touched, copied back from a backup: the same content
+    watch_data(path, home, folder, data, records)  # touched, copied back from a backup: the same content
     return False
 
 

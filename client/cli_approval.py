@@ -102,13 +102,13 @@ def _approve(arguments: argparse.Namespace) -> None:
     from polyclinic.client.approval_terms import terms, words
     from polyclinic.client.base_intake import use_hub
     from polyclinic.client.binding import site_base
-    from polyclinic.common.data.folder import read_folder
+    from polyclinic.client.intake import site_records
 
     home = arguments.home
     use_hub(home)
     resolved = read_resolved(arguments.study or home / "kit" / "study.json")
     study = resolved.study
-    records = read_folder(arguments.data, study.data.table, unit=study.data.unit)
+    records = site_records(home, study.data, arguments.data)
     site = str(inspect(home)[0][0]["site"])
     files = site_base(home, resolved)
     facts = terms(home, site, resolved, records, files)

@@ -25,11 +25,17 @@ class PhantomSettings(Section):
 class DataSettings(Section):
     """Where the images come from and how they are made the same size."""
 
-    source: Literal["folder", "phantoms"] = Field("folder", description="folder with a CSV, or drawings")
+    source: Literal[
+        "folder", "phantoms", "dicom", "medvqa-gi-2024", "kvasir-vqa", "rocov2", "nih-chest-xray14"
+    ] = Field("folder", description="form of the data folder (docs/data.md), or drawings")
     table: str = Field(
         "images.csv",
         pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
-        description="CSV in the data folder: image, caption, patient[, site, labels]",
+        description="folder: CSV, TSV or JSON Lines with image, caption, patient[, site, labels]; "
+        "dicom: CSV with SOPInstanceUID, caption",
+    )
+    caption: str = Field(
+        "", description="dicom: a caption made of tags, such as {Modality} of the {BodyPartExamined}"
     )
     unit: Literal["patient", "image"] = Field(
         "patient", description="privacy unit; `image` only where the data has no patient ids"
@@ -39,6 +45,20 @@ class DataSettings(Section):
         "crop", description="centre crop to a square, or pad to one with black"
     )
     phantoms: PhantomSettings = PhantomSettings()
+
+    @model_validator(mode="after")
+    def _suits_the_source(self) -> DataSettings:
+        if self.source in ("medvqa-gi-2024", "kvasir-vqa", "rocov2") and self.unit != "image":
+            raise ValueError(f'{self.source} has no patient ids: write unit = "image", and say so')
+        if self.source in ("dicom", "nih-chest-xray14") and self.unit != "patient":
+            raise ValueError(f'{self.source} has patient ids: write unit = "patient"')
+        if self.caption:
+            from polyclinic.common.data.dicom import fields_of
+
+            if self.source != "dicom":
+                raise ValueError('caption belongs to source = "dicom": remove it')
+            fields_of(self.caption)
+        return self
 
 
 # Group normalisation in the VAE has 16 groups.

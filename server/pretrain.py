@@ -16,9 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from polyclinic.common.data.folder import open_image
 from polyclinic.common.data.holdout import position
-from polyclinic.common.data.preprocess import preprocess
+from polyclinic.common.data.pixels import load_pixels
 from polyclinic.common.data.table import Record
 from polyclinic.common.files import write_atomic
 from polyclinic.common.generators.base import Tensors, Views, load_family, trainable
@@ -28,12 +27,6 @@ from polyclinic.common.study import Study
 from polyclinic.server.adversarial import sharpen
 
 HELD_OUT = 0.1  # share of the pretrain part's patients that PSNR is printed on
-
-
-def load_pixels(records: list[Record], study: Study) -> Tensor:
-    """Read and preprocess images, `[N, 3, H, W]` in [-1, 1]."""
-    size, fit = study.data.image_size, study.data.fit
-    return torch.stack([preprocess(open_image(record.image), size, fit) for record in records])
 
 
 def pretrain_vae(study: Study, records: list[Record], folder: Path) -> float:
@@ -61,7 +54,7 @@ def pretrain_vae(study: Study, records: list[Record], folder: Path) -> float:
         raise BadInput(
             f"the reference's pretrain part has {len(records)} images, too few; raise reference.pretrain"
         )
-    pixels, held_pixels = load_pixels(train, study), load_pixels(held, study)
+    pixels, held_pixels = load_pixels(train, study.data), load_pixels(held, study.data)
     grey = bool((pixels == pixels[:, :1]).all())
     torch.manual_seed(settings.seed)
     levels = len(settings.widths)
@@ -162,7 +155,7 @@ def pretrain_generator(
     family = load_family(
         study.generator.model_copy(update={"train": "all"}), study.data.image_size, vae, device=device
     )
-    pixels = load_pixels(records, study)
+    pixels = load_pixels(records, study.data)
     image = _encode(family, pixels)
     texts = [_texts(record, study) for record in records]
     captions = sorted({caption for of_record in texts for caption in of_record} | {""})

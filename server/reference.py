@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polyclinic.common.data.cache import snapshot_hash
-from polyclinic.common.data.folder import read_folder
 from polyclinic.common.data.holdout import part_of
+from polyclinic.common.data.sources import read_records, reference_settings
 from polyclinic.common.data.table import Record
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study
@@ -41,7 +41,7 @@ def read_reference(study: Study, folder: Path | None) -> Reference:
             "--reference is missing: name the folder of the public images that the study is judged by; "
             "`polyclinic-simulate reference STUDY --out DIR` writes one for a packaged or simulated study"
         )
-    return split_reference(study, read_folder(folder, study.data.table, unit=study.data.unit))
+    return split_reference(study, read_records(reference_settings(study.data, folder), folder))
 
 
 def split_reference(study: Study, records: list[Record]) -> Reference:

@@ -7,9 +7,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from polyclinic.common.data.folder import read_folder
 from polyclinic.common.data.holdout import part_of
+from polyclinic.common.data.images import open_image
+from polyclinic.common.data.sources import REFERENCE_MARK, read_records
 from polyclinic.common.data.table import Record
+from polyclinic.common.files import write_json_atomic
 from polyclinic.common.progress import track
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.settings import SimulationSettings
@@ -48,7 +50,7 @@ def make_federation(study: Study, home: Path, data: Path | None) -> Federation:
         raise BadInput(
             f"study {study.name}: has no [simulation] table; add one with a [simulation.sites.NAME] each"
         )
-    records = read_folder(_folder(study, home, data), study.data.table, unit=study.data.unit)
+    records = read_records(study.data, _folder(study, home, data))
     settings = study.simulation
     split = _split(study, settings, records)
     empty = [name for name, site in split.sites.items() if not site]
@@ -80,7 +82,7 @@ def _split(study: Study, settings: SimulationSettings, records: list[Record]) ->
 
 
 def _folder(study: Study, home: Path, data: Path | None) -> Path:
-    if study.data.source == "folder":
+    if study.data.source != "phantoms":
         if data is None:
             raise BadInput(f"study {study.name}: give its data folder with --data DIR")
         return data
@@ -122,8 +124,19 @@ def write_reference(records: list[Record], folder: Path) -> None:
         writer = csv.DictWriter(file, ["image", "caption", "patient", "site", *labels])
         writer.writeheader()
         for number, record in enumerate(records):
-            name = f"images/{number:06d}{record.image.suffix}"
-            shutil.copyfile(record.image, part / name)
+            name = _copy(record, part, f"images/{number:06d}")
             facts = {"image": name, "patient": record.patient, "site": record.site or "", **record.labels}
             writer.writerows({**facts, "caption": caption} for caption in record.captions)
+    write_json_atomic(part / REFERENCE_MARK, {"form": "folder", "images": len(records)})
     part.rename(folder)
+
+
+def _copy(record: Record, folder: Path, name: str) -> str:
+    """Copy an image file; a frame or row becomes a PNG of its own."""
+    suffix = record.image.suffix.lower()
+    if record.part or suffix not in (".png", ".jpg", ".jpeg"):
+        suffix = ".png"
+        open_image(record.image, record.part).save(folder / f"{name}{suffix}")
+    else:
+        shutil.copyfile(record.image, folder / f"{name}{suffix}")
+    return f"{name}{suffix}"

@@ -99,7 +99,7 @@ def _by_site(patients: dict[str, list[Record]], site_names: list[str] | None) ->
     for patient, group in patients.items():
         for record in group:
             if record.site is None:
-                raise BadInput(f"{record.image} has no site; fill the site column, or split by dirichlet")
+                raise BadInput(f"{record.name} has no site; fill the site column, or split by dirichlet")
             place[patient] = record.site
     if site_names is not None and set(site_names) != set(place.values()):
         raise BadInput(
@@ -120,7 +120,7 @@ def _by_dirichlet(
     for patient, group in patients.items():
         first = group[0]
         if label not in first.labels:
-            raise BadInput(f"{first.image} has no label {label}; add the column, or name another label")
+            raise BadInput(f"{first.name} has no label {label}; add the column, or name another label")
         value = first.labels[label]
         if value not in edges:
             edges[value] = np.cumsum(_shares(len(site_names), alpha, key, value))

@@ -16,10 +16,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from polyclinic.common.data.folder import open_image
-from polyclinic.common.data.preprocess import preprocess
+from polyclinic.common.data.pixels import digests, load_pixels
 from polyclinic.common.data.table import Record, patients_of
-from polyclinic.common.files import canonical_json, sha256_file, write_atomic, write_json_atomic
+from polyclinic.common.files import canonical_json, write_atomic, write_json_atomic
 from polyclinic.common.generators.base import Family, Tensors
 from polyclinic.common.progress import track
 from polyclinic.common.refusals import Refusal
@@ -53,7 +52,10 @@ class Cached:
 
 def snapshot_hash(records: list[Record]) -> str:
     """Hash a table by content, not by path: patient, image bytes, captions. It never leaves a site."""
-    rows = sorted([r.patient, sha256_file(r.image), list(r.captions)] for r in records)
+    contents = digests(records)
+    rows = sorted(
+        [r.patient, content, list(r.captions)] for r, content in zip(records, contents, strict=True)
+    )
     return hashlib.sha256(canonical_json(rows)).hexdigest()
 
 
@@ -77,7 +79,7 @@ def build_cache(records: list[Record], family: Family, data: DataSettings, folde
     ordered = [record for group in patients_of(records).values() for record in group]
     captions = sorted({caption for record in ordered for caption in record.captions} | {""})
     how = f"{family.base_hash}|{data.image_size}|{data.fit}"
-    hashes = [sha256_file(record.image) for record in ordered]
+    hashes = digests(ordered)
     image_shards = [
         (_key("image", how, hashes[i : i + IMAGES_A_SHARD]), ordered[i : i + IMAGES_A_SHARD])
         for i in range(0, len(ordered), IMAGES_A_SHARD)
@@ -90,10 +92,7 @@ def build_cache(records: list[Record], family: Family, data: DataSettings, folde
         for key, part in image_shards:
             path = folder / f"{key}.safetensors"
             if not path.exists():
-                pixels = torch.stack(
-                    [preprocess(open_image(r.image), data.image_size, data.fit) for r in part]
-                )
-                _write(path, family.encode_image(pixels))
+                _write(path, family.encode_image(load_pixels(part, data)))
             advance(len(part))
         for key, texts in prompt_shards:
             path = folder / f"{key}.safetensors"

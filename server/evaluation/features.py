@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from polyclinic.common.data.folder import open_image
-from polyclinic.common.data.preprocess import preprocess
+from polyclinic.common.data.pixels import digests, load_pixels
 from polyclinic.common.data.table import Record
 from polyclinic.common.features.extractor import Extractor
-from polyclinic.common.files import canonical_json, sha256_file, write_atomic
+from polyclinic.common.files import canonical_json, write_atomic
 from polyclinic.common.generators.base import in_batches
 from polyclinic.common.progress import track
 
@@ -59,13 +58,11 @@ class FeatureStore:
                     advance(len(batch))
             return torch.cat(parts)
 
-        files = [sha256_file(record.image) for record in records]
-        return self._once(extractor, ["files", self.size, self.fit, files], compute)
+        return self._once(extractor, ["files", self.size, self.fit, digests(records)], compute)
 
     def pixels(self, records: list[Record]) -> Tensor:
         """Reference images, preprocessed, [N, 3, size, size] in [0, 1]."""
-        images = [preprocess(open_image(record.image), self.size, self.fit) for record in records]
-        return torch.stack(images) / 2 + 0.5
+        return load_pixels(records, self.size, self.fit) / 2 + 0.5
 
     def _once(self, extractor: Extractor, what: list[object], compute: Callable[[], Tensor]) -> Tensor:
         recipe = [extractor.name, extractor.preprocessing, extractor.weights, what]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from polyclinic.common.data import cache
 from polyclinic.common.data.cache import Cached, build_cache, load_cache, snapshot_hash
-from polyclinic.common.data.folder import open_image
+from polyclinic.common.data.images import open_image
 from polyclinic.common.data.preprocess import preprocess
 from polyclinic.common.data.table import Record
 from polyclinic.common.generators.msdm import Msdm

@@ -2,14 +2,17 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from polyclinic.common.data.folder import open_image, read_folder
-from polyclinic.common.data.table import patients_of
+from polyclinic.common.data.images import open_image
+from polyclinic.common.data.sources import read_records
+from polyclinic.common.data.table import Record, patients_of
 from polyclinic.common.refusals import BadInput
+from polyclinic.common.settings import DataSettings
 
 HEADER = "image,caption,patient,site,polyp\n"
 
@@ -24,6 +27,12 @@ def _folder(
         Image.new("RGB", (20, 10), (200, 80, 80)).save(folder / name)
     (folder / "images.csv").write_bytes(table.encode() if isinstance(table, str) else table)
     return folder
+
+
+def read_folder(
+    folder: Path, table: str = "images.csv", unit: Literal["patient", "image"] = "patient"
+) -> list[Record]:
+    return read_records(DataSettings(table=table, unit=unit), folder)
 
 
 def test_rows_become_records_with_all_captions_of_an_image(tmp_path: Path) -> None:

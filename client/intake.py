@@ -1,0 +1,145 @@
+"""A site's own table: read through the study's door, or from the snapshot that was made of it.
+
+What lies here stays here. `<home>/data` (mode 0700) holds the key that patient ids are hashed with, the
+lists that `check --fix` writes, and the snapshots, each under the name of its folder and way of reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from polyclinic.common.data.sources import read_records, table_files
+from polyclinic.common.data.table import Record
+from polyclinic.common.files import canonical_json, sync_folder, write_atomic
+from polyclinic.common.refusals import BadInput
+from polyclinic.common.settings import DataSettings
+
+
+def data_home(home: Path) -> Path:
+    """Folder of what is known about the site's data; created with mode 0700."""
+    path = home / "data"
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.chmod(0o700)
+    return path
+
+
+def site_key(home: Path) -> bytes:
+    """The key that patient ids are hashed with: 32 random bytes, made once.
+
+    Raises:
+        BadInput: The file was cut.
+    """
+    path = data_home(home) / "patients.key"
+    if not path.exists():
+        # Linked, not renamed: of two processes at once the first one's key stays.
+        write_atomic(
+            new := path.with_name(f".key-{secrets.token_hex(8)}"), secrets.token_bytes(32), mode=0o600
+        )
+        try:
+            os.link(new, path)
+        except FileExistsError:
+            pass
+        finally:
+            new.unlink()
+        sync_folder(path.parent)
+    key = path.read_bytes()
+    if len(key) != 32:
+        raise BadInput(f"{path}: not a key of 32 bytes; restore it from the site's backup")
+    return key
+
+
+def reading(data: DataSettings, folder: Path) -> str:
+    """Name a folder together with the way it is read."""
+    way = [str(folder.resolve()), data.source, data.table, data.caption, data.unit]
+    return hashlib.sha256(canonical_json(way)).hexdigest()[:16]
+
+
+def accepted_path(home: Path, data: DataSettings, folder: Path) -> Path:
+    """Where `check --fix` writes what it accepts."""
+    return data_home(home) / f"{reading(data, folder)}.accepted.jsonl"
+
+
+def snapshot_path(home: Path, data: DataSettings, folder: Path) -> Path:
+    """Where `snapshot` writes the table that approvals bind."""
+    return data_home(home) / f"{reading(data, folder)}.snapshot.jsonl"
+
+
+def site_records(home: Path, data: DataSettings, folder: Path) -> list[Record]:
+    """Read the site's table: its snapshot where one was made, else the folder itself, strictly.
+
+    Args:
+        home: The site's home.
+        data: The study's data table.
+        folder: The data folder.
+
+    Raises:
+        BadInput: The first thing wrong with it.
+    """
+    snapshot = snapshot_path(home, data, folder)
+    if snapshot.exists():
+        return read_list(snapshot, folder)
+    return read_records(data, folder, patient_key(home, data))
+
+
+def patient_key(home: Path, data: DataSettings) -> bytes | None:
+    """The key where the source carries hospital numbers; other sources' ids are pseudonyms already."""
+    return site_key(home) if data.source == "dicom" else None
+
+
+def watched_tables(home: Path, data: DataSettings, folder: Path) -> list[Path]:
+    """Name the files that the table comes from, images apart."""
+    snapshot = snapshot_path(home, data, folder)
+    return [snapshot] if snapshot.exists() else table_files(data, folder)
+
+
+def write_list(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write a JSON Lines file for this site's eyes only."""
+    text = "".join(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n" for line in lines)
+    write_atomic(path, text.encode("utf-8", "surrogatepass"), mode=0o600)
+
+
+def as_line(record: Record, folder: Path, digest: str) -> dict[str, Any]:
+    """Put a record into one line of a list, its image relative to the data folder."""
+    return {
+        "image": os.path.relpath(record.image, folder.resolve()),
+        "part": record.part,
+        "content": digest,
+        "patient": record.patient,
+        "captions": list(record.captions),
+        "site": record.site,
+        "labels": record.labels,
+    }
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a list as `write_list` wrote it.
+
+    Raises:
+        BadInput: It is not there, or was damaged.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read ({error}); write it again") from error
+
+
+def read_list(path: Path, folder: Path) -> list[Record]:
+    """Read a list's records."""
+    inside = folder.resolve()
+    return [
+        Record(
+            line["patient"],
+            inside / line["image"],
+            tuple(line["captions"]),
+            line["site"],
+            line["labels"],
+            line["part"],
+        )
+        for line in read_lines(path)
+    ]

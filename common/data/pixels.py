@@ -1,0 +1,73 @@
+"""Many records at once: their pixels as one tensor, their contents' hashes; several threads, in order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from polyclinic.common.data.images import image_digest, open_image
+from polyclinic.common.data.preprocess import preprocess
+from polyclinic.common.data.table import Record
+from polyclinic.common.progress import track
+
+if TYPE_CHECKING:
+    from polyclinic.common.settings import DataSettings
+
+MANY = 5000  # what takes seconds shows its progress
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def workers() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def spread(act: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """Map in threads, in order, with a bounded number of results waiting: memory does not grow."""
+    rest = iter(items)
+    with ThreadPoolExecutor(workers()) as pool:
+        waiting = [pool.submit(act, item) for item in islice(rest, 2 * workers())]
+        while waiting:
+            done = waiting.pop(0).result()
+            waiting.extend(pool.submit(act, item) for item in islice(rest, 1))
+            yield done
+
+
+def load_pixels(records: list[Record], data: DataSettings) -> Tensor:
+    """Decode and preprocess.
+
+    Args:
+        records: A batch.
+        data: Size and fit.
+
+    Returns:
+        `[B, 3, size, size]` in [-1, 1], float32.
+
+    Raises:
+        UnusableImage: One cannot be read; named.
+    """
+    return torch.stack(
+        list(spread(lambda r: preprocess(open_image(r.image, r.part), data.image_size, data.fit), records))
+    )
+
+
+def digests(records: list[Record]) -> list[str]:
+    """Hash the contents of the records' images, in their order."""
+    found = []
+    with track("hash images", len(records)) if len(records) > MANY else nullcontext(_nothing) as advance:
+        for digest in spread(lambda r: image_digest(r.image, r.part), records):
+            found.append(digest)
+            advance()
+    return found
+
+
+def _nothing(n: int = 1, note: str = "") -> None:
+    pass
