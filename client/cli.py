@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from polyclinic.client import cli_approval, cli_enrolment, cli_node, cli_reader
+from polyclinic.client import cli_approval, cli_data, cli_enrolment, cli_node, cli_reader
 from polyclinic.common.cli import common_options, run_command, show
 from polyclinic.common.files import write_atomic
 
@@ -16,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="polyclinic-client", description="a hospital's side of Polyclinic")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     cli_enrolment.add_commands(commands)
+    cli_data.add_commands(commands)
     cli_approval.add_commands(commands)
     cli_node.add_commands(commands)
     cli_reader.add_commands(commands)

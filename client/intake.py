@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from polyclinic.common.data.cache import snapshot_hash
+from polyclinic.common.data.pixels import digests
 from polyclinic.common.data.sources import read_records, table_files
 from polyclinic.common.data.table import Record
 from polyclinic.common.files import canonical_json, sync_folder, write_atomic
@@ -65,6 +67,11 @@ def accepted_path(home: Path, data: DataSettings, folder: Path) -> Path:
     return data_home(home) / f"{reading(data, folder)}.accepted.jsonl"
 
 
+def quarantine_path(home: Path, data: DataSettings, folder: Path) -> Path:
+    """Where `check --fix` writes what it does not accept, with the reason."""
+    return data_home(home) / f"{reading(data, folder)}.quarantine.jsonl"
+
+
 def snapshot_path(home: Path, data: DataSettings, folder: Path) -> Path:
     """Where `snapshot` writes the table that approvals bind."""
     return data_home(home) / f"{reading(data, folder)}.snapshot.jsonl"
@@ -85,6 +92,39 @@ def site_records(home: Path, data: DataSettings, folder: Path) -> list[Record]:
     if snapshot.exists():
         return read_list(snapshot, folder)
     return read_records(data, folder, patient_key(home, data))
+
+
+def make_snapshot(home: Path, data: DataSettings, folder: Path) -> dict[str, Any]:
+    """Fix the table that approvals bind: what `check --fix` accepted, or else the whole folder, strictly.
+
+    Returns:
+        JSON-safe: `snapshot` (hash of the contents; it never leaves), counts, and whether it was `checked`.
+
+    Raises:
+        BadInput: A file is another one than was checked, or the folder cannot be read whole.
+    """
+    accepted = accepted_path(home, data, folder)
+    checked = accepted.exists()
+    if checked:
+        lines, records = read_lines(accepted), read_list(accepted, folder)
+        try:
+            contents = digests(records)
+        except OSError as error:
+            raise BadInput(f"{error.filename}: gone since it was checked; run `check --fix` again") from error
+        for line, content, record in zip(lines, contents, records, strict=True):
+            if line["content"] != content:
+                raise BadInput(f"{record.name}: changed since it was checked; run `check --fix` again")
+    else:
+        records = read_records(data, folder, patient_key(home, data))
+        contents = digests(records)
+    lines = [as_line(record, folder, content) for record, content in zip(records, contents, strict=True)]
+    write_list(snapshot_path(home, data, folder), lines)
+    return {
+        "snapshot": snapshot_hash(records, contents),
+        "images": len(records),
+        "patients": len({record.patient for record in records}),
+        "checked": checked,
+    }
 
 
 def patient_key(home: Path, data: DataSettings) -> bytes | None:

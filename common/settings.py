@@ -22,6 +22,10 @@ class PhantomSettings(Section):
     seed: int = Field(1, ge=0, description="seed of the drawings; phantoms are public")
 
 
+# Sources that publish no patient ids.
+WITHOUT_PATIENTS = ("medvqa-gi-2024", "kvasir-vqa", "rocov2")
+
+
 class DataSettings(Section):
     """Where the images come from and how they are made the same size."""
 
@@ -48,7 +52,7 @@ class DataSettings(Section):
 
     @model_validator(mode="after")
     def _suits_the_source(self) -> DataSettings:
-        if self.source in ("medvqa-gi-2024", "kvasir-vqa", "rocov2") and self.unit != "image":
+        if self.source in WITHOUT_PATIENTS and self.unit != "image":
             raise ValueError(f'{self.source} has no patient ids: write unit = "image", and say so')
         if self.source in ("dicom", "nih-chest-xray14") and self.unit != "patient":
             raise ValueError(f'{self.source} has patient ids: write unit = "patient"')

@@ -50,12 +50,10 @@ class Cached:
     empty: int
 
 
-def snapshot_hash(records: list[Record]) -> str:
+def snapshot_hash(records: list[Record], contents: list[str] | None = None) -> str:
     """Hash a table by content, not by path: patient, image bytes, captions. It never leaves a site."""
-    contents = digests(records)
-    rows = sorted(
-        [r.patient, content, list(r.captions)] for r, content in zip(records, contents, strict=True)
-    )
+    pairs = zip(records, contents or digests(records), strict=True)
+    rows = sorted([r.patient, content, list(r.captions)] for r, content in pairs)
     return hashlib.sha256(canonical_json(rows)).hexdigest()
 
 

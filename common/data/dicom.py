@@ -138,7 +138,7 @@ def _rows(
         problems.append(Problem("outside", str(path), what, "copy it into the folder", image))
         return
     try:
-        if not is_dicom(path):
+        if not path.is_file() or not is_dicom(path):  # opening a pipe would wait for ever
             fix = "nothing, unless it should be an image"
             problems.append(Problem("not-an-image", str(path), "not a DICOM file", fix, image, skipped=True))
             return

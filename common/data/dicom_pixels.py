@@ -24,7 +24,7 @@ from polyclinic.common.refusals import BadInput
 
 MISSING = "{path}: reading DICOM needs pydicom; install it with `pip install polyclinic[dicom]`"
 DEFLATED = "1.2.840.10008.1.2.1.99"
-MAX_INFLATED = 1 << 30
+MAX_INFLATED = 512 << 20
 PLANES = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _TAKE_OUT = "take it out of the folder"
 _REPLACE = "replace the file or take it out of the folder"
@@ -91,7 +91,7 @@ def _bound_inflation(path: Path) -> None:
                 size += len(inflate.decompress(piece, 1 << 22))
                 piece = inflate.unconsumed_tail
                 if size > MAX_INFLATED:
-                    what = f"deflated data of more than {MAX_INFLATED >> 30} GiB"
+                    what = f"deflated data of more than {MAX_INFLATED >> 20} MiB"
                     raise UnusableImage(str(path), "too-large", what, _REPLACE)
 
 

@@ -236,14 +236,16 @@ def dicom(folder: Path, images: int = 12) -> DataSettings:
     )
 
 
-def write_dicom(path: Path, frames: np.ndarray | None, **elements: object) -> None:
+def write_dicom(
+    path: Path, frames: np.ndarray | None, *, syntax: str = "1.2.840.10008.1.2.1", **elements: object
+) -> None:
     """Write a part-10 file; elements by keyword override what is set here, None takes one away."""
     from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian
+    from pydicom.uid import UID
 
     found = Dataset()
     found.file_meta = FileMetaDataset()
-    found.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    found.file_meta.TransferSyntaxUID = UID(syntax)
     found.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1" if frames is not None else "1.2.840.10008.5.1.4.1.1.88.11"
     found.PatientID, found.PatientName = "MRN-0", "Doe^Jane"
     found.Modality, found.BodyPartExamined, found.ViewPosition, found.PatientSex = "DX", "CHEST", "PA", "F"

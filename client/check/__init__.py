@@ -1,0 +1,1 @@
+"""The preflight of a site's data: everything is looked at here, and nothing of it leaves."""
