@@ -25,6 +25,7 @@ from polyclinic.client.intake import (
     write_list,
 )
 from polyclinic.common.data.pixels import spread
+from polyclinic.common.data.pixels import workers as workers_here
 from polyclinic.common.data.sources import read_table
 from polyclinic.common.data.table import Record, Table
 from polyclinic.common.progress import track
@@ -167,8 +168,9 @@ def _look_at_all(
             store.keep(content, suffix, fresh)
         return content, fresh, False
 
+    threads = min(workers_here(), 1 + len(records) // 64)  # a worker takes most of a second to start
     with track("look at images", len(records)) as advance:
-        for place, (content, look, known) in enumerate(spread(act, records)):
+        for place, (content, look, known) in enumerate(spread(act, records, threads)):
             seen.remembered += known
             seen.contents.append(content)
             seen.pixels.append(look.get("pixels", ""))

@@ -30,11 +30,11 @@ def workers() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def spread(act: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+def spread(act: Callable[[T], U], items: Iterable[T], threads: int | None = None) -> Iterator[U]:
     """Map in threads, in order, with a bounded number of results waiting: memory does not grow."""
-    rest = iter(items)
-    with ThreadPoolExecutor(workers()) as pool:
-        waiting = [pool.submit(act, item) for item in islice(rest, 2 * workers())]
+    rest, threads = iter(items), threads or workers()
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = [pool.submit(act, item) for item in islice(rest, 2 * threads)]
         while waiting:
             done = waiting.pop(0).result()
             waiting.extend(pool.submit(act, item) for item in islice(rest, 1))

@@ -24,7 +24,10 @@ def cut(kind: str, share: float) -> Make:
 
 
 def raw(data: bytes) -> Make:
-    return lambda path: path.write_bytes(data) and None
+    def make(path: Path) -> None:
+        path.write_bytes(data)
+
+    return make
 
 
 def save(image: Image.Image, kind: str, **options: object) -> Make:
@@ -173,9 +176,20 @@ def big_endian(path: Path) -> None:
 
 def palette(path: Path) -> None:
     ramp = (np.arange(256, dtype=np.uint16) * 257).tobytes()
-    tables = {f"{color}PaletteColorLookupTableData": ramp for color in ("Red", "Green", "Blue")}
-    shapes = {f"{color}PaletteColorLookupTableDescriptor": [256, 0, 16] for color in ("Red", "Green", "Blue")}
-    write_dicom(path, gray(), PhotometricInterpretation="PALETTE COLOR", **tables, **shapes)
+    tables: dict[str, object] = {
+        f"{color}PaletteColorLookupTableData": ramp for color in ("Red", "Green", "Blue")
+    }
+    shapes: dict[str, object] = {
+        f"{color}PaletteColorLookupTableDescriptor": [256, 0, 16] for color in ("Red", "Green", "Blue")
+    }
+    write_dicom(
+        path,
+        gray(),
+        PhotometricInterpretation="PALETTE COLOR",
+        syntax="1.2.840.10008.1.2.1",
+        **tables,
+        **shapes,
+    )
 
 
 def pdf(path: Path) -> None:
