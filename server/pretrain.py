@@ -54,7 +54,10 @@ def pretrain_vae(study: Study, records: list[Record], folder: Path) -> float:
         raise BadInput(
             f"the reference's pretrain part has {len(records)} images, too few; raise reference.pretrain"
         )
-    pixels, held_pixels = load_pixels(train, study.data), load_pixels(held, study.data)
+    pixels, held_pixels = (
+        load_pixels(train, study.data.image_size, study.data.fit),
+        load_pixels(held, study.data.image_size, study.data.fit),
+    )
     grey = bool((pixels == pixels[:, :1]).all())
     torch.manual_seed(settings.seed)
     levels = len(settings.widths)
@@ -155,7 +158,7 @@ def pretrain_generator(
     family = load_family(
         study.generator.model_copy(update={"train": "all"}), study.data.image_size, vae, device=device
     )
-    pixels = load_pixels(records, study.data)
+    pixels = load_pixels(records, study.data.image_size, study.data.fit)
     image = _encode(family, pixels)
     texts = [_texts(record, study) for record in records]
     captions = sorted({caption for of_record in texts for caption in of_record} | {""})

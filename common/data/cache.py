@@ -90,7 +90,7 @@ def build_cache(records: list[Record], family: Family, data: DataSettings, folde
         for key, part in image_shards:
             path = folder / f"{key}.safetensors"
             if not path.exists():
-                _write(path, family.encode_image(load_pixels(part, data)))
+                _write(path, family.encode_image(load_pixels(part, data.image_size, data.fit)))
             advance(len(part))
         for key, texts in prompt_shards:
             path = folder / f"{key}.safetensors"

@@ -18,7 +18,7 @@ from polyclinic.common.data.table import Record
 from polyclinic.common.progress import track
 
 if TYPE_CHECKING:
-    from polyclinic.common.settings import DataSettings
+    pass
 
 MANY = 5000  # what takes seconds shows its progress
 T = TypeVar("T")
@@ -41,12 +41,13 @@ def spread(act: Callable[[T], U], items: Iterable[T], threads: int | None = None
             yield done
 
 
-def load_pixels(records: list[Record], data: DataSettings) -> Tensor:
+def load_pixels(records: list[Record], size: int, fit: str) -> Tensor:
     """Decode and preprocess.
 
     Args:
         records: A batch.
-        data: Size and fit.
+        size: Pixels a side.
+        fit: As in `preprocess`.
 
     Returns:
         `[B, 3, size, size]` in [-1, 1], float32.
@@ -54,9 +55,7 @@ def load_pixels(records: list[Record], data: DataSettings) -> Tensor:
     Raises:
         UnusableImage: One cannot be read; named.
     """
-    return torch.stack(
-        list(spread(lambda r: preprocess(open_image(r.image, r.part), data.image_size, data.fit), records))
-    )
+    return torch.stack(list(spread(lambda r: preprocess(open_image(r.image, r.part), size, fit), records)))
 
 
 def digests(records: list[Record]) -> list[str]:
