@@ -100,5 +100,7 @@ def _list(value: Any) -> list[str]:
 
 
 def _labels(split: str, concepts: list[str]) -> dict[str, str]:
+    """Where an image's concepts are known and none is a modality, it is `other`: a split needs a value."""
     named = next((MODALITIES[cui.strip()] for cui in concepts if cui.strip() in MODALITIES), "")
+    named = named or ("other" if any(cui.strip() for cui in concepts) else "")
     return {"split": "valid" if split == "validation" else split} | ({"modality": named} if named else {})

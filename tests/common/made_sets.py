@@ -284,3 +284,19 @@ SETS: dict[str, MakeSet] = {
     "imagefolder": jsonl_folder,
     "dicom": dicom,
 }
+
+
+def rocov2_many(folder: Path, images: int = 240) -> DataSettings:
+    """Captions and concepts of several modalities; all images are one small file under many names."""
+    (folder / "train_images").mkdir(parents=True)
+    cuis = ("C0040405", "C1306645", "C0024485", "C0041618", "C0817096")
+    names = [f"ROCOv2_2023_train_{number:06d}" for number in range(images)]
+    for name in names:
+        (folder / "train_images" / f"{name}.jpg").write_bytes(encoded(1))
+    for kind, head, cells in (
+        ("captions", "Caption", [f"Image {number}." for number in range(images)]),
+        ("concepts", "CUIs", [cuis[number % 5] for number in range(images)]),
+    ):
+        with (folder / f"train_{kind}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("ID", head), *zip(names, cells, strict=True)])
+    return DataSettings(source="rocov2", unit="image", image_size=32)
