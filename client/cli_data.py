@@ -6,17 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from polyclinic.client.approval import check_base
-from polyclinic.client.binding import site_base
-from polyclinic.client.check.preflight import preflight
 from polyclinic.client.check.report import page, words
 from polyclinic.client.cli_approval import read_resolved
-from polyclinic.client.intake import data_home, make_snapshot, reading, site_records
 from polyclinic.common.cli import common_options, show
-from polyclinic.common.data.cache import build_cache
-from polyclinic.common.data.sources import DOORS
 from polyclinic.common.files import write_atomic, write_json_atomic
-from polyclinic.common.generators.base import load_family
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.settings import WITHOUT_PATIENTS, DataSettings, GeneratorSettings
 from polyclinic.common.study import load_study
@@ -63,6 +56,8 @@ def _settings(arguments: argparse.Namespace) -> tuple[DataSettings, GeneratorSet
     if arguments.source is None and (arguments.study or study.exists()):
         found = load_study(study) if study.suffix == ".toml" else read_resolved(study).study
         return found.data, found.generator
+    from polyclinic.common.data.sources import DOORS
+
     source = arguments.source or "folder"
     if source not in DOORS:
         raise BadInput(f"--source {source}: no such form; choose of {', '.join(DOORS)}")
@@ -71,6 +66,9 @@ def _settings(arguments: argparse.Namespace) -> tuple[DataSettings, GeneratorSet
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    from polyclinic.client.check.preflight import preflight
+    from polyclinic.client.intake import data_home, reading
+
     data, generator = _settings(arguments)
     home, folder = arguments.home, arguments.data
     facts = preflight(
@@ -90,6 +88,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _snapshot(arguments: argparse.Namespace) -> None:
+    from polyclinic.client.intake import make_snapshot
+
     data, _ = _settings(arguments)
     facts = make_snapshot(arguments.home, data, arguments.data)
     how = "of what `check --fix` accepted" if facts["checked"] else "NOT CHECKED: run `check --fix` first"
@@ -103,7 +103,15 @@ def _snapshot(arguments: argparse.Namespace) -> None:
 
 
 def _cache(arguments: argparse.Namespace) -> None:
+    from polyclinic.client.approval import check_base
+    from polyclinic.client.base_intake import use_hub
+    from polyclinic.client.binding import site_base
+    from polyclinic.client.intake import site_records
+    from polyclinic.common.data.cache import build_cache
+    from polyclinic.common.generators.base import load_family
+
     home = arguments.home
+    use_hub(home)
     path = arguments.study or home / "kit" / "study.json"
     if path.suffix == ".toml":
         raise BadInput(f"{path}: only a resolved study names its base; give the kit's study.json")

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
 
-from polyclinic.common.data.folder import open_image, read_folder
+from polyclinic.common.data.images import open_image
+from polyclinic.common.data.sources import read_records
 from polyclinic.common.progress import track
 from polyclinic.common.refusals import BadInput
+from polyclinic.common.settings import DataSettings
 from polyclinic.common.study import Resolved
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -66,7 +68,7 @@ class Treatment:
         """Return the image as JPEG bytes without any metadata."""
         from polyclinic.common.data.preprocess import make_square  # torch: only `make` waits for it
 
-        image = ImageOps.exif_transpose(open_image(candidate.path))
+        image = open_image(candidate.path)
         if candidate.box:
             image = image.crop(candidate.box)
         square = make_square(image, self.size, self.fit)
@@ -87,7 +89,7 @@ def read_candidates(source: Path, table: str = "images.csv") -> list[Candidate]:
     if (source / table).is_file():
         with (source / table).open(newline="", encoding="utf-8-sig", errors="replace") as file:
             unit = "patient" if "patient" in next(csv.reader(file), []) else "image"
-        records = read_folder(source, table, unit=unit)
+        records = read_records(DataSettings.model_validate({"table": table, "unit": unit}), source)
         return [Candidate(r.image, r.patient if unit == "patient" else None, r.captions[0]) for r in records]
     if (source / "study.json").is_file():
         return _cells(source)
