@@ -9,9 +9,10 @@ from typing import Any
 from polyclinic.client.check.report import page, words
 from polyclinic.client.cli_approval import read_resolved
 from polyclinic.common.cli import common_options, show
+from polyclinic.common.data.units import WITHOUT_PATIENTS
 from polyclinic.common.files import write_atomic, write_json_atomic
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.settings import WITHOUT_PATIENTS, DataSettings, GeneratorSettings
+from polyclinic.common.settings import DataSettings, GeneratorSettings
 from polyclinic.common.study import load_study
 
 Commands = Any  # argparse gives its subparsers no public type

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from polyclinic.common.data.units import check_source
+
 
 class Section(BaseModel):
     """A table of the study file: unknown fields are refused, values never change after loading."""
@@ -20,10 +22,6 @@ class PhantomSettings(Section):
 
     patients_per_site: int = Field(400, ge=2, description="patients drawn for each of the three sites")
     seed: int = Field(1, ge=0, description="seed of the drawings; phantoms are public")
-
-
-# Sources that publish no patient ids.
-WITHOUT_PATIENTS = ("medvqa-gi-2024", "kvasir-vqa", "rocov2")
 
 
 class DataSettings(Section):
@@ -52,16 +50,7 @@ class DataSettings(Section):
 
     @model_validator(mode="after")
     def _suits_the_source(self) -> DataSettings:
-        if self.source in WITHOUT_PATIENTS and self.unit != "image":
-            raise ValueError(f'{self.source} has no patient ids: write unit = "image", and say so')
-        if self.source in ("dicom", "nih-chest-xray14") and self.unit != "patient":
-            raise ValueError(f'{self.source} has patient ids: write unit = "patient"')
-        if self.caption:
-            from polyclinic.common.data.dicom import fields_of
-
-            if self.source != "dicom":
-                raise ValueError('caption belongs to source = "dicom": remove it')
-            fields_of(self.caption)
+        check_source(self.source, self.unit, self.caption)
         return self
 
 
