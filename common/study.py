@@ -18,11 +18,11 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from polyclinic.common.cost_settings import CostSettings
+from polyclinic.common.evaluation_settings import EvaluationSettings
 from polyclinic.common.files import canonical_json
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.settings import (
     DataSettings,
-    EvaluationSettings,
     FederationSettings,
     GeneratorSettings,
     PrivacySettings,

@@ -14,8 +14,9 @@ import torch
 
 from polyclinic.common.calibration import calibrate
 from polyclinic.common.cost import count_flops, view_flops
+from polyclinic.common.features.load import check_extractors
 from polyclinic.common.generators.base import Family, load_family, trainable
-from polyclinic.common.generators.public import PACKAGE, resolve
+from polyclinic.common.generators.public import is_hub_id, resolve
 from polyclinic.common.privacy.accounting import claim, epsilon_pld, epsilon_rdp
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.settings import SimulatedSite
@@ -145,10 +146,12 @@ def plan(
         declared: Site to its declared patients, where the sites are known; default: the simulation's.
 
     Raises:
-        BadInput: The image size does not fit the autoencoder, a base is not there, or epsilon cannot be met.
+        BadInput: The image size does not fit the autoencoder, a base or an extractor is not there, or epsilon
+            cannot be met.
         Refusal: `accountant-disagrees`.
     """
     _check_size(study, source)
+    check_extractors(study.evaluation.extractors, download=False)
     family = load_family(
         study.generator, study.data.image_size, local_vae(study, source), device="meta", encoders=False
     )
@@ -267,8 +270,7 @@ def _check_size(study: Study, source: str) -> None:
 def local_vae(study: Study, source: str) -> Path | None:
     """Find the autoencoder where it is on this machine; a forecast downloads and trains none."""
     name = study.generator.vae
-    hub_id = name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
-    if name == "reference" or (hub_id and not name.startswith(PACKAGE)):
+    if name == "reference" or is_hub_id(name):
         return None
     folder = resolve(name, study.generator.vae_revision, "generator.vae")
     if not (folder / "config.json").is_file():

@@ -48,6 +48,11 @@ def resolve(source: str, revision: str | None, field: str) -> Path:
     return _snapshot(source, revision, field)
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a name can only be a Hugging Face id: what it names may not be on this machine yet."""
+    return source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).exists()
+
+
 def _snapshot(source: str, revision: str | None, field: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

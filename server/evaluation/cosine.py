@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
+from polyclinic.common.evaluation_settings import EvaluationSettings
 from polyclinic.common.generators.public import resolve
 from polyclinic.common.progress import track
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.settings import EvaluationSettings
 from polyclinic.server.evaluation.bootstrap import draw_weights, group_counts
 from polyclinic.server.evaluation.estimate import Estimate
 from polyclinic.server.evaluation.results import PromptCosine

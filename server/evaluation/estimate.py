@@ -11,19 +11,27 @@ from torch import Tensor
 
 from polyclinic.common.features import efficientnet
 from polyclinic.common.refusals import BadInput
-from polyclinic.server.evaluation.fidelity import Distance, equal_n, floor, grouped_frechet, grouped_kid
+from polyclinic.server.evaluation.diversity import vendi_score
+from polyclinic.server.evaluation.fidelity import grouped_cmmd, grouped_frechet, grouped_kid
+from polyclinic.server.evaluation.jackknife import Jackknifed
+from polyclinic.server.evaluation.neighbours import neighbour_metrics
+from polyclinic.server.evaluation.split import equal_n, floor
 
 # Raise it whenever a number would change for the same images.
-PROTOCOL = "polyclinic-fidelity-1"
+PROTOCOL = "polyclinic-fidelity-2"
 FEWEST_IMAGES = 50
 FEWEST_GROUPS = 3
 ADVISED_IMAGES = 500
 ADVISED_PATIENTS = 50
+# A feature that varies less than this over the reference is divided by this: where all real images are grey,
+# the rounding of a colour must not become a distance.
+LEAST_SPREAD = 0.02
 
 KID_INTERVAL = "95 %, delete-one-group jackknife over patients and prompts, t quantile"
-FRECHET_INTERVAL = (
+SAMPLING_INTERVAL = (
     "95 % sampling interval at this n (bias included), block jackknife over patients and prompts"
 )
+REAL_SCORES = "the floor is what real images of as many other patients score"
 
 
 class Estimate(BaseModel):
@@ -36,7 +44,8 @@ class Estimate(BaseModel):
         interval: What the interval is.
         n: Images on each side.
         groups: Independent groups behind it: patients of the reference, or prompts.
-        floor: The same metric between two patient-disjoint halves of the reference at equal n.
+        floor: The same metric between two patient-disjoint halves of the reference at equal n: what a
+            perfect generator scores.
         ratio: value / floor; None where the floor cannot be told from zero.
         note: What a reader must know beside the number.
     """
@@ -60,6 +69,7 @@ class Fidelity(BaseModel):
     Attributes:
         extractor: Name of the feature extractor.
         preprocessing: What happens to an image before it.
+        weights: SHA-256 of the extractor's weights; empty where it has none.
         protocol: Version of this measurement.
         kid: Grouped kernel distance, the headline.
         frechet: Frechet distance on the same features, for comparison with papers.
@@ -72,6 +82,7 @@ class Fidelity(BaseModel):
 
     extractor: str
     preprocessing: str
+    weights: str = ""
     protocol: str
     kid: Estimate
     frechet: Estimate
@@ -87,9 +98,11 @@ def measure_fidelity(
     key: str,
     *,
     extractor: str = efficientnet.EXTRACTOR_NAME,
-    preprocessing: str | None = None,
+    preprocessing: str = efficientnet.PREPROCESSING,
+    weights: str = "",
+    standardise: bool = False,
 ) -> Fidelity:
-    """Measure grouped KID and the Frechet distance with intervals and floors at equal n.
+    """Measure everything that features alone can tell, with intervals, and floors at equal n.
 
     Args:
         features_synthetic: Features of the synthetic images, [n, d].
@@ -99,7 +112,9 @@ def measure_fidelity(
         key: Name of the split of the reference in two halves, for the keyed hash; the same in every
             round and for every model that will be compared.
         extractor: Name of the extractor that made the features.
-        preprocessing: What happened to an image before it; the default extractor's where left out.
+        preprocessing: What happened to an image before it.
+        weights: SHA-256 of its weights.
+        standardise: Z-score features by the reference first.
 
     Raises:
         BadInput: Fewer than 50 images or 3 groups on a side, features that are not finite, or
@@ -112,26 +127,63 @@ def measure_fidelity(
             f"synthetic features have width {features_synthetic.shape[1]}, the reference's "
             f"{features_reference.shape[1]}; use one extractor for both"
         )
-    features_reference = features_reference.to(features_synthetic.device)
+    synthetic, reference = features_synthetic.double(), features_reference.double()
+    if standardise:
+        synthetic, reference = (z_scores(features, reference) for features in (synthetic, reference))
     chosen = equal_n(prompt_groups, patient_groups, key, minimum=FEWEST_IMAGES)
     n = len(chosen.reference)
-    x, x_groups = features_synthetic[chosen.synthetic], [prompt_groups[i] for i in chosen.synthetic]
-    y, y_groups = features_reference[chosen.reference], [patient_groups[i] for i in chosen.reference]
-    patients = len(set(y_groups))
+    x_groups = [prompt_groups[i] for i in chosen.synthetic]
+    y_groups = [patient_groups[i] for i in chosen.reference]
+    found = all_metrics(synthetic[chosen.synthetic], reference[chosen.reference], x_groups, y_groups)
+    floors: dict[str, Jackknifed] = {}
+    if chosen.has_floor:
+        floors = floor(reference, patient_groups, key, n, all_metrics)
 
-    between_halves = functools.partial(floor, features_reference, patient_groups, key, n)
-    kid_floor = between_halves(grouped_kid) if chosen.has_floor else None
-    frechet_floor = between_halves(grouped_frechet) if chosen.has_floor else None
+    patients = len(set(y_groups))
+    estimate = functools.partial(with_floor, n=n, groups=patients)
     return Fidelity(
         extractor=extractor,
-        preprocessing=efficientnet.PREPROCESSING if preprocessing is None else preprocessing,
+        preprocessing=preprocessing,
+        weights=weights,
         protocol=PROTOCOL,
-        kid=_estimate(grouped_kid(x, y, x_groups, y_groups), kid_floor, KID_INTERVAL, n, patients),
-        frechet=_estimate(
-            grouped_frechet(x, y, x_groups, y_groups), frechet_floor, FRECHET_INTERVAL, n, patients
-        ),
+        kid=estimate(found.pop("kid"), floors.get("kid"), KID_INTERVAL),
+        frechet=estimate(found.pop("frechet"), floors.get("frechet"), SAMPLING_INTERVAL),
+        others={
+            name: estimate(
+                value,
+                floors.get(name),
+                KID_INTERVAL if name == "cmmd" else SAMPLING_INTERVAL,
+                note="" if name == "cmmd" else REAL_SCORES,
+            )
+            for name, value in found.items()
+        },
         warnings=_warnings(n, patients, chosen.has_floor),
     )
+
+
+def all_metrics(
+    x: Tensor, y: Tensor, x_groups: Sequence[str], y_groups: Sequence[str]
+) -> dict[str, Jackknifed]:
+    """Every metric on features: kid, frechet, cmmd, precision, recall, density, coverage, vendi.
+
+    Args:
+        x: Features of the synthetic images, [n, d].
+        y: Features of the real images, [m, d].
+        x_groups: Prompt of each synthetic image.
+        y_groups: Patient of each real image.
+    """
+    return {
+        "kid": grouped_kid(x, y, x_groups, y_groups),
+        "frechet": grouped_frechet(x, y, x_groups, y_groups),
+        "cmmd": grouped_cmmd(x, y, x_groups, y_groups),
+        **neighbour_metrics(x, y, x_groups, y_groups),
+        "vendi": vendi_score(x, x_groups),
+    }
+
+
+def z_scores(features: Tensor, reference: Tensor) -> Tensor:
+    """Features [n, d] in standard deviations from the mean of the reference [m, d]."""
+    return (features - reference.mean(dim=0)) / reference.std(dim=0).clamp_min(LEAST_SPREAD)
 
 
 def check_features(side: str, features: Tensor, groups: Sequence[str], kind: str) -> None:
@@ -166,11 +218,20 @@ def check_features(side: str, features: Tensor, groups: Sequence[str], kind: str
         )
 
 
-def _estimate(
-    distance: Distance, at_floor: Distance | None, interval: str, n: int, patients: int
+def with_floor(
+    found: Jackknifed, at_floor: Jackknifed | None, interval: str, n: int, groups: int, note: str = ""
 ) -> Estimate:
-    """Put a distance beside its floor."""
-    ratio, note = None, ""
+    """Put a number beside its floor.
+
+    Args:
+        found: The number.
+        at_floor: The same between halves of the reference; None where it is too small.
+        interval: What the interval is.
+        n: Images on each side.
+        groups: Patients of the reference, or prompts.
+        note: What a reader must know, where there is a floor.
+    """
+    ratio = None
     if at_floor is None:
         note = "no floor: the reference is too small to be halved"
     elif at_floor.low <= 0:
@@ -180,14 +241,14 @@ def _estimate(
             "cannot be told from zero"
         )
     else:
-        ratio = distance.value / at_floor.value
+        ratio = found.value / at_floor.value
     return Estimate(
-        value=distance.value,
-        low=distance.low,
-        high=distance.high,
+        value=found.value,
+        low=found.low,
+        high=found.high,
         interval=interval,
         n=n,
-        groups=patients,
+        groups=groups,
         floor=None if at_floor is None else at_floor.value,
         ratio=ratio,
         note=note,

@@ -45,7 +45,7 @@ class FeatureStore:
                     advance(len(batch))
             return torch.cat(parts)
 
-        return self._once(extractor, ["pixels", list(images.shape), pixels], compute)
+        return self._features(extractor, ["pixels", list(images.shape), pixels], compute)
 
     def of_records(self, extractor: Extractor, records: list[Record]) -> Tensor:
         """Features [N, d] of reference images, preprocessed as the training images were."""
@@ -58,14 +58,23 @@ class FeatureStore:
                     advance(len(batch))
             return torch.cat(parts)
 
-        return self._once(extractor, ["files", self.size, self.fit, digests(records)], compute)
+        return self._features(extractor, self.names(records), compute)
 
     def pixels(self, records: list[Record]) -> Tensor:
         """Reference images, preprocessed, [N, 3, size, size] in [0, 1]."""
         return load_pixels(records, self.size, self.fit) / 2 + 0.5
 
-    def _once(self, extractor: Extractor, what: list[object], compute: Callable[[], Tensor]) -> Tensor:
-        recipe = [extractor.name, extractor.preprocessing, extractor.weights, what]
+    def names(self, records: list[Record]) -> list[object]:
+        """What reference images are, preprocessing included: equal for equal pixels."""
+        return ["files", self.size, self.fit, digests(records)]
+
+    def once(self, recipe: object, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute a tensor, or find what the same recipe gave before.
+
+        Args:
+            recipe: Everything the tensor follows from, as JSON can hold it.
+            compute: Called where it is not there.
+        """
         key = hashlib.sha256(canonical_json(recipe)).hexdigest()[:32]
         if key not in self._kept:
             path = self.folder / f"{key}.safetensors"
@@ -74,3 +83,6 @@ class FeatureStore:
                 write_atomic(path, save({"features": compute()}))
             self._kept[key] = load_file(str(path))["features"]
         return self._kept[key]
+
+    def _features(self, extractor: Extractor, what: list[object], compute: Callable[[], Tensor]) -> Tensor:
+        return self.once([extractor.name, extractor.preprocessing, extractor.weights, what], compute)

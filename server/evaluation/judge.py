@@ -123,7 +123,8 @@ def sample(family: Family, study: Any, wanted: list[tuple[str, int]], label: str
                 generator=generators,
                 output_type="pt",
             )
-            images.append(output.images.float().cpu())
+            # What is judged is what is delivered, 8 bits a channel, as the reference's images are.
+            images.append((output.images.float().cpu() * 255).round() / 255)
             advance(len(batch))
     return torch.cat(images)
 

@@ -4,26 +4,54 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from polyclinic.common.data.preprocess import describe
 from polyclinic.common.data.table import Record
 from polyclinic.common.device import pick_device
-from polyclinic.common.features.efficientnet import efficientnet
 from polyclinic.common.features.extractor import Extractor
+from polyclinic.common.features.load import load_extractor
+from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study
 from polyclinic.server.evaluation.answers import Labelled
 from polyclinic.server.evaluation.cosine import prompt_cosine
-from polyclinic.server.evaluation.estimate import FEWEST_IMAGES, Fidelity, measure_fidelity
+from polyclinic.server.evaluation.diversity import (
+    WINDOW,
+    luminance,
+    mean_similarity,
+    pairs_between,
+    pairs_within,
+)
+from polyclinic.server.evaluation.estimate import (
+    FEWEST_GROUPS,
+    FEWEST_IMAGES,
+    PROTOCOL,
+    Fidelity,
+    measure_fidelity,
+    with_floor,
+)
 from polyclinic.server.evaluation.features import FeatureStore
+from polyclinic.server.evaluation.jackknife import Jackknifed
 from polyclinic.server.evaluation.medvqa import medvqa_scores
 from polyclinic.server.evaluation.near_copies import near_copies
 from polyclinic.server.evaluation.probe import Faithfulness, measure_faithfulness
 from polyclinic.server.evaluation.results import MedvqaScores, NearCopies, PromptCosine, Utility
+from polyclinic.server.evaluation.split import equal_n
 from polyclinic.server.evaluation.utility import measure_utility
 from polyclinic.server.reference import Reference
 
 SHEET_COLUMNS = 6
+PROMPT_INTERVAL = "95 %, delete-one-prompt jackknife at this number of draws"
+NO_PATIENTS = (
+    "The reference has no patient ids: every image counts as a patient, so intervals are too narrow where "
+    "patients have several images, and the floor too low."
+)
+BETWEEN_PATIENTS = (
+    "between draws of one prompt; the floor is between images of different patients of the reference, "
+    "and a ratio well above 1 means that draws of a prompt repeat each other"
+)
 
 
 class Judgement(BaseModel):
@@ -84,11 +112,26 @@ def measure(number: int, drawn: Drawn, reference: Reference, study: Study, store
         reference: Public images, split by patient.
         study: Says what is measured, and with what.
         store: Gives features of both.
+
+    Raises:
+        BadInput: Images of another size than the reference's, an extractor that is not there, or features
+            that are not finite.
     """
-    device, headline = pick_device(study.training.device), efficientnet()
-    fidelity = faithfulness = utility = None
+    size, shape = study.data.image_size, tuple(drawn.images.shape[-2:])
+    if shape != (size, size):
+        raise BadInput(
+            f"the drawn images have {shape[0]} x {shape[1]} px and the reference {size} x {size}: extractors "
+            "see resolution; set data.image_size to what the generator draws"
+        )
+    device = pick_device(study.training.device)
+    extractors = [load_extractor(settings, device) for settings in study.evaluation.extractors]
+    fidelity: list[Fidelity] = []
     if min(len(drawn.images), len(reference.evaluate)) >= FEWEST_IMAGES:
-        fidelity = _fidelity(headline, drawn, reference, study, store)
+        fidelity = [_fidelity(extractor, drawn, reference, study, store) for extractor in extractors]
+        fidelity[0] = _with_similarity(fidelity[0], drawn, reference, study, store)
+        if study.data.unit == "image":
+            fidelity = [f.model_copy(update={"warnings": [*f.warnings, NO_PATIENTS]}) for f in fidelity]
+    headline, faithfulness, utility = extractors[0], None, None
     concepts = study.reference.concepts
     if concepts and reference.probe:
         synthetic = Labelled(store.of_images(headline, drawn.images), drawn.wanted, drawn.prompts)
@@ -101,7 +144,8 @@ def measure(number: int, drawn: Drawn, reference: Reference, study: Study, store
     return Judgement(
         round=number,
         columns=columns,
-        fidelity=fidelity,
+        fidelity=fidelity[0] if fidelity else None,
+        second=fidelity[1:],
         faithfulness=faithfulness,
         utility=utility,
         near_copies=near_copies(drawn.images, drawn.prompts, headline, reference, store),
@@ -119,8 +163,41 @@ def _fidelity(
         store.of_records(extractor, reference.evaluate),
         [record.patient for record in reference.evaluate],
         study.reference.key,
-        preprocessing=extractor.preprocessing,
+        extractor=extractor.name,
+        preprocessing=f"{describe(study.data.image_size, study.data.fit)}; {extractor.preprocessing}",
+        weights=extractor.weights,
+        standardise=extractor.standardise,
     )
+
+
+def _with_similarity(
+    fidelity: Fidelity, drawn: Drawn, reference: Reference, study: Study, store: FeatureStore
+) -> Fidelity:
+    """Add MS-SSIM between draws of a prompt, beside that between patients of the reference."""
+    patients = [record.patient for record in reference.evaluate]
+    chosen = equal_n(drawn.prompts, patients, study.reference.key, minimum=FEWEST_IMAGES)
+    prompts = [drawn.prompts[i] for i in chosen.synthetic]
+    pairs = pairs_within(prompts)
+    groups = [prompts[a] for a, _ in pairs]
+    if len(set(groups)) < FEWEST_GROUPS or study.data.image_size < WINDOW:
+        why = f"No MS-SSIM: it needs {FEWEST_GROUPS} prompts of two draws each, and images of {WINDOW} px."
+        return fidelity.model_copy(update={"warnings": [*fidelity.warnings, why]})
+    found = mean_similarity(luminance(drawn.images[chosen.synthetic]), pairs, groups)
+    records = [reference.evaluate[i] for i in chosen.reference]
+
+    def of_reference() -> Tensor:
+        names = [record.patient for record in records]
+        between = pairs_between(names)
+        return torch.tensor(
+            mean_similarity(luminance(store.pixels(records)), between, [names[a] for a, _ in between]),
+            dtype=torch.float64,
+        )
+
+    recipe = ["ms-ssim", PROTOCOL, store.names(records), [record.patient for record in records]]
+    real = Jackknifed(*store.once(recipe, of_reference).tolist())
+    patients_there = len({record.patient for record in records})
+    estimate = with_floor(found, real, PROMPT_INTERVAL, len(records), patients_there, BETWEEN_PATIENTS)
+    return fidelity.model_copy(update={"others": {**fidelity.others, "ms_ssim": estimate}})
 
 
 def _labelled(extractor: Extractor, records: list[Record], study: Study, store: FeatureStore) -> Labelled:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from polyclinic.common.features.load import check_extractors
 from polyclinic.common.generators.public import resolve
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study
 from polyclinic.server.evaluation.cosine import FIELD, check_clip
+from polyclinic.server.evaluation.estimate import FEWEST_GROUPS, FEWEST_IMAGES
 from polyclinic.server.evaluation.medvqa import check_medvqa
 from polyclinic.server.reference import Reference
 
@@ -14,13 +16,30 @@ def check_evaluation(study: Study, reference: Reference) -> None:
     """Refuse a study whose evaluation would fail after its first round.
 
     Raises:
-        BadInput: A label that prompts ask for is not in the reference, or a named model is not there.
+        BadInput: A label that prompts ask for is not in the reference, a named model or extractor is not
+            there, or prompts or patients are too few for any interval.
     """
     _check_labels(study, reference)
+    _check_groups(study, reference)
     settings = study.evaluation
+    check_extractors(settings.extractors)
     if settings.clip_model:
         check_clip(resolve(settings.clip_model, settings.clip_revision, FIELD), settings.clip_model)
     check_medvqa(study, reference)
+
+
+def _check_groups(study: Study, reference: Reference) -> None:
+    """Where fidelity will be measured, there must be prompts and patients enough for its intervals."""
+    if min(study.evaluation.images, len(reference.evaluate)) < FEWEST_IMAGES:
+        return  # it is not, as `plan` says
+    prompts = len({prompt.text for prompt in study.evaluation.prompts})
+    patients = len({record.patient for record in reference.evaluate})
+    for count, what, fix in (
+        (prompts, "different prompts in evaluation.prompts", "write more of them"),
+        (patients, "patients in the reference's evaluate part", "add some, or raise reference.evaluate"),
+    ):
+        if count < FEWEST_GROUPS:
+            raise BadInput(f"{count} {what}: no interval without at least {FEWEST_GROUPS}; {fix}")
 
 
 def _check_labels(study: Study, reference: Reference) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,12 +13,18 @@ from torch import Tensor, nn
 from polyclinic.common.refusals import BadInput
 from polyclinic.server.evaluation.estimate import measure_fidelity
 from polyclinic.server.evaluation.fidelity import (
-    equal_n,
-    floor,
+    CMMD_SCALE,
+    CMMD_SIGMA,
     frechet_distance,
+    frechet_of_moments,
+    grouped_cmmd,
     grouped_frechet,
     grouped_kid,
+    merge,
+    moments,
 )
+from polyclinic.server.evaluation.jackknife import Jackknifed
+from polyclinic.server.evaluation.split import equal_n, floor
 
 
 def _normal(n: int, d: int, seed: int) -> Tensor:
@@ -88,6 +95,19 @@ def test_frechet_of_a_sample_with_itself_is_zero(n: int, d: int) -> None:
     assert frechet_distance(x, x + 1.0) == pytest.approx(d, rel=1e-6)
 
 
+def test_moments_of_parts_merge_to_those_of_the_whole() -> None:
+    """Also where the mean is a million times the spread, which a sum of squares does not survive."""
+    x, y = _normal(90, 7, 30) + 1e6, _normal(60, 7, 31) * 2 + 1e6
+    parts = [moments(part) for part in (x[:20], x[20:23], x[23:])]
+    merged = merge(parts[0], merge(parts[1], parts[2]))
+    torch.testing.assert_close(merged.scatter / (merged.n - 1), torch.cov(x.T), rtol=1e-9, atol=1e-9)
+    assert frechet_of_moments(merged, moments(y)) == pytest.approx(frechet_distance(x, y), rel=1e-7)
+    # Fewer rows than features: the covariance has no inverse.
+    few, other = _normal(5, 12, 32), _normal(9, 12, 33)
+    by_moments = frechet_of_moments(moments(few), moments(other))
+    assert by_moments == pytest.approx(frechet_distance(few, other), rel=1e-6)
+
+
 @pytest.mark.parametrize(("n", "m"), [(12, 40), (40, 40)])
 def test_frechet_jackknife_replicates_are_refits(n: int, m: int) -> None:
     """With as many blocks as groups, the standard error is that of plain leave-one-group-out refits."""
@@ -120,10 +140,18 @@ def test_ungrouped_kid_agrees_with_torchmetrics() -> None:
     )
 
 
-def _kid_by_loops(x: Tensor, y: Tensor, gx: list[str], gy: list[str]) -> float:
-    def k(a: Tensor, b: Tensor) -> float:
-        return float(a @ b / len(a) + 1) ** 3
+def _cubic(a: Tensor, b: Tensor) -> float:
+    return float(a @ b / len(a) + 1) ** 3
 
+
+def _gaussian(a: Tensor, b: Tensor) -> float:
+    apart = float((a / a.norm() - b / b.norm()).square().sum())
+    return CMMD_SCALE * math.exp(-apart / (2 * CMMD_SIGMA**2))
+
+
+def _mmd_by_loops(
+    x: Tensor, y: Tensor, gx: list[str], gy: list[str], k: Callable[[Tensor, Tensor], float]
+) -> float:
     def within(z: Tensor, g: list[str]) -> float:
         pairs = [k(z[i], z[j]) for i, j in itertools.product(range(len(z)), repeat=2) if g[i] != g[j]]
         return sum(pairs) / len(pairs)
@@ -132,13 +160,18 @@ def _kid_by_loops(x: Tensor, y: Tensor, gx: list[str], gy: list[str]) -> float:
     return within(x, gx) + within(y, gy) - 2 * sum(across) / len(across)
 
 
-def test_grouped_kid_and_its_jackknife_agree_with_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("metric", "kernel"), [(grouped_kid, _cubic), (grouped_cmmd, _gaussian)])
+def test_grouped_mmd_and_its_jackknife_agree_with_loops(
+    monkeypatch: pytest.MonkeyPatch,
+    metric: Callable[..., Jackknifed],
+    kernel: Callable[[Tensor, Tensor], float],
+) -> None:
     # Slabs smaller than the sample, so that the seams are tested too.
     monkeypatch.setattr("polyclinic.server.evaluation.fidelity.ROWS_AT_ONCE", 5)
     x, y = _normal(11, 4, 12), _normal(9, 4, 13) + 0.5
     gx, gy = list("aabcccdabbd"), list("uvvwwwuxx")
-    measured = grouped_kid(x, y, gx, gy)
-    assert measured.value == pytest.approx(_kid_by_loops(x, y, gx, gy), rel=1e-12)
+    measured = metric(x, y, gx, gy)
+    assert measured.value == pytest.approx(_mmd_by_loops(x, y, gx, gy, kernel), rel=1e-9)
 
     variance = 0.0
     for side in (0, 1):
@@ -146,12 +179,11 @@ def test_grouped_kid_and_its_jackknife_agree_with_loops(monkeypatch: pytest.Monk
         for name in sorted(set((gx, gy)[side])):
             keep_x = [i for i in range(len(x)) if side == 1 or gx[i] != name]
             keep_y = [i for i in range(len(y)) if side == 0 or gy[i] != name]
-            refits.append(
-                _kid_by_loops(x[keep_x], y[keep_y], [gx[i] for i in keep_x], [gy[i] for i in keep_y])
-            )
+            left = [gx[i] for i in keep_x], [gy[i] for i in keep_y]
+            refits.append(_mmd_by_loops(x[keep_x], y[keep_y], *left, kernel))
         mean = sum(refits) / len(refits)
         variance += (len(refits) - 1) / len(refits) * sum((r - mean) ** 2 for r in refits)
-    assert measured.standard_error == pytest.approx(math.sqrt(variance), rel=1e-10)
+    assert measured.standard_error == pytest.approx(math.sqrt(variance), rel=1e-8)
     assert measured.low < measured.value < measured.high
 
 
@@ -192,6 +224,29 @@ def test_kid_interval_covers_with_many_images_a_patient() -> None:
     spread = torch.tensor(values, dtype=torch.float64)
     # Unbiased: the mean of 400 estimates within four of its standard errors.
     assert abs(float(spread.mean()) - truth) < 4 * float(spread.std()) / math.sqrt(trials)
+    assert covered / trials >= 0.93, covered / trials
+    assert naive_covered / trials < 0.5, naive_covered / trials
+
+
+def test_cmmd_interval_covers_with_many_images_a_patient() -> None:
+    """As above; the truth from 4,000 patients a side with one image each."""
+    d, groups, each, trials = 32, 25, 8, 400
+    generator = torch.Generator().manual_seed(24)
+    moved = torch.full((d,), 0.25, dtype=torch.float64)
+    many = [str(i) for i in range(4000)]
+    large = (_clustered(4000, 1, d, generator), _clustered(4000, 1, d, generator) + moved)
+    truth, doubt, *_ = grouped_cmmd(*large, many, many)
+    names, alone = _names(groups, each), [str(i) for i in range(groups * each)]
+    covered, naive_covered, values = 0, 0, []
+    for _ in range(trials):
+        x, y = _clustered(groups, each, d, generator), _clustered(groups, each, d, generator) + moved
+        measured, naive = grouped_cmmd(x, y, names, names), grouped_cmmd(x, y, alone, alone)
+        covered += measured.low <= truth <= measured.high
+        naive_covered += naive.low <= truth <= naive.high
+        values.append(measured.value)
+    spread = torch.tensor(values, dtype=torch.float64)
+    assert abs(float(spread.mean()) - truth) < 4 * math.hypot(float(spread.std()) / math.sqrt(trials), doubt)
+    assert doubt < 0.15 * float(spread.std())  # the truth is known well enough to count by
     assert covered / trials >= 0.93, covered / trials
     assert naive_covered / trials < 0.5, naive_covered / trials
 
