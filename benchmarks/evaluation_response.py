@@ -1,0 +1,166 @@
+"""How each metric answers to known damage: real images, spoiled step by step, against other patients'.
+
+    python benchmarks/evaluation_response.py DIR --out table.md    DIR holds images.csv as a study's data do
+
+Half of the patients play the generator, the other half the reference. A metric is of use for a kind of damage
+if it moves away from its floor, and further with every level. `missing` drops images of one value of a label
+(view = AP by default) and fills up with others; `collapse` replaces images by copies of five.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from polyclinic.common.data.folder import read_folder
+from polyclinic.common.data.holdout import position
+from polyclinic.common.data.table import Record
+from polyclinic.common.evaluation_settings import ExtractorSettings
+from polyclinic.common.features.extractor import Extractor
+from polyclinic.common.features.load import load_extractor
+from polyclinic.common.progress import say
+from polyclinic.server.evaluation.estimate import all_metrics, z_scores
+from polyclinic.server.evaluation.features import FeatureStore
+from polyclinic.server.evaluation.jackknife import Jackknifed
+from polyclinic.server.evaluation.split import equal_n, floor
+
+KEY = "evaluation-response"
+METRICS = ("kid", "frechet", "cmmd", "precision", "recall", "density", "coverage", "vendi")
+Damage = Callable[[Tensor], Tensor]
+
+
+def blur(sigma: float) -> Damage:
+    reach = max(1, round(3 * sigma))
+    line = torch.exp(-((torch.arange(-reach, reach + 1) / sigma) ** 2) / 2)
+    line = (line / line.sum()).repeat(3, 1, 1, 1)
+
+    def damage(images: Tensor) -> Tensor:
+        padded = F.pad(images, (reach,) * 4, mode="reflect")
+        return F.conv2d(F.conv2d(padded, line, groups=3), line.transpose(2, 3), groups=3)
+
+    return damage
+
+
+def noise(level: float) -> Damage:
+    return lambda x: x + level * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+
+def tint(level: float) -> Damage:
+    return lambda x: x * torch.tensor([1 + level, 1.0, 1 - level])[:, None, None]
+
+
+def collapse(share: float) -> Damage:
+    def damage(images: Tensor) -> Tensor:
+        changed = images.clone()
+        rows = torch.arange(round(share * len(images)))
+        changed[rows] = images[rows % 5]
+        return changed
+
+    return damage
+
+
+LADDERS: dict[str, list[tuple[str, Damage]]] = {
+    "blur": [(f"sigma {s:g} px", blur(s)) for s in (0.5, 1.0, 2.0)],
+    "noise": [(f"std {s:g}", noise(s)) for s in (0.02, 0.05, 0.1)],
+    "colour": [(f"red +{s:.0%}, blue -{s:.0%}", tint(s)) for s in (0.05, 0.1, 0.2)],
+    "collapse": [(f"{s:.0%} copies of 5", collapse(s)) for s in (0.25, 0.5, 1.0)],
+}
+
+
+def without(records: list[Record], label: str, value: str, share: float, n: int) -> list[Record]:
+    """The first n records, when this share of those with the value is left out."""
+    kept, seen = [], 0
+    for record in records:
+        if record.labels.get(label) == value:
+            seen += 1
+            if round(share * seen) > round(share * (seen - 1)):
+                continue
+        kept.append(record)
+    return kept[:n]
+
+
+def rows(
+    extractor: Extractor,
+    generator: list[Record],
+    reference: list[Record],
+    store: FeatureStore,
+    n: int,
+    missing: tuple[str, str],
+) -> Iterator[str]:
+    """Measure every kind and level of damage on one extractor; one table row each."""
+    real = store.of_records(extractor, reference).double()
+
+    def ready(features: Tensor) -> Tensor:
+        return z_scores(features.double(), real) if extractor.standardise else features.double()
+
+    patients = [r.patient for r in reference]
+    chosen = equal_n([str(i) for i in range(n)], patients, KEY, minimum=n)
+    if not chosen.has_floor:
+        raise SystemExit(f"the halves of the reference hold fewer than {n} images: lower -n")
+    y, y_groups = ready(real)[chosen.reference], [patients[i] for i in chosen.reference]
+
+    def row(damage: str, level: str, found: dict[str, Jackknifed]) -> str:
+        cells = [f"{found[m].value:.3g} [{found[m].low:.3g}, {found[m].high:.3g}]" for m in METRICS]
+        say(f"{extractor.name}: {damage} {level}")
+        return f"| {extractor.name} | {damage} | {level} | {' | '.join(cells)} |"
+
+    def scored(features: Tensor, of: list[Record]) -> dict[str, Jackknifed]:
+        return all_metrics(ready(features), y, [r.patient for r in of], y_groups)
+
+    drawn = generator[:n]
+    images = store.pixels(drawn)
+    yield row("floor", "", floor(ready(real), patients, KEY, n, all_metrics))
+    yield row("none", "", scored(store.of_images(extractor, images), drawn))
+    for kind, ladder in LADDERS.items():
+        for level, damage in ladder:
+            spoiled = (damage(images).clamp(0, 1) * 255).round() / 255
+            yield row(kind, level, scored(store.of_images(extractor, spoiled), drawn))
+    for share in (0.5, 1.0):
+        left = without(generator, *missing, share, n)
+        if len(left) < n:
+            raise SystemExit(f"only {len(left)} images without {'='.join(missing)}: lower -n")
+        found = scored(store.of_records(extractor, left), left)
+        yield row("missing", f"{share:.0%} of {'='.join(missing)}", found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("-n", type=int, default=200, help="images a side")
+    parser.add_argument("--missing", default="view=AP", help="label and value that go missing")
+    parser.add_argument("--extractor", action="append", help="as in a study; may be given again")
+    parser.add_argument("--features", type=Path, default=Path(".polyclinic/features"))
+    arguments = parser.parse_args()
+    order = sorted(
+        read_folder(arguments.data, "images.csv"), key=lambda r: (position(r.patient, KEY), r.patient)
+    )
+    generator = [r for r in order if position(r.patient, KEY) < 0.5]
+    reference = [r for r in order if position(r.patient, KEY) >= 0.5]
+    store = FeatureStore(arguments.features, arguments.size, "crop")
+    label, value = arguments.missing.split("=")
+    lines = [
+        f"Measured {date.today()}, torch {torch.__version__}: {arguments.n} images a side at "
+        f"{arguments.size} px, {len({r.patient for r in generator[: arguments.n]})} patients as generator; "
+        "value [95 %].\n",
+        f"| extractor | damage | level | {' | '.join(METRICS)} |",
+        "|---|---|---|" + "---|" * len(METRICS),
+    ]
+    for source in arguments.extractor or ["package:efficientnet-lite0", "radiomic"]:
+        extractor = load_extractor(ExtractorSettings(source=source))
+        lines += rows(extractor, generator, reference, store, arguments.n, (label, value))
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
