@@ -10,7 +10,7 @@ from pathlib import Path
 from polyclinic.common.cli import common_options, run_command, show
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import load_study
-from polyclinic.server import cli_run, cli_sites
+from polyclinic.server import cli_report, cli_run, cli_sites
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,12 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     common_options(command)
     command.set_defaults(act=_export)
 
-    command = commands.add_parser("report", help="write a run's report again")
-    command.add_argument("run", type=Path, metavar="RUN")
-    common_options(command)
-    command.set_defaults(act=_report)
     cli_sites.add_commands(commands)
     cli_run.add_commands(commands)
+    cli_report.add_commands(commands)
     return run_command(parser, argv)
 
 
@@ -124,18 +121,6 @@ def _export(arguments: argparse.Namespace) -> None:
         {"out": str(arguments.out)},
         f"{arguments.out}: load it with diffusers' StableDiffusionPipeline",
     )
-
-
-def _report(arguments: argparse.Namespace) -> None:
-    from polyclinic.server.release import check_run
-    from polyclinic.server.report.html import read_metrics, write_report
-
-    check_run(arguments.run)
-    path = arguments.run / "metrics.json"
-    if not path.exists():
-        raise BadInput(f"{path}: not there yet; finish the run first")
-    page = write_report(arguments.run, read_metrics(path))
-    show(arguments, {"report": str(page)}, str(page))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import html
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
 
 from polyclinic.common.files import write_atomic
 from polyclinic.server.report import panels, plots, view, view_cost, view_metrics, wording
+from polyclinic.server.report.card import front_matter
 from polyclinic.server.report.cost_summary import summarise_cost
 from polyclinic.server.report.costs import CostSummary
 from polyclinic.server.report.metrics import Metrics, bytes_moved, evaluated_rounds, first_and_last
@@ -56,6 +57,8 @@ def context(run_dir: Path, metrics: Metrics) -> dict[str, Any]:
     taught = utility.utility if utility is not None else None
     return {
         "m": metrics,
+        "live": None,
+        "front_matter": front_matter(metrics),
         "sites": [s.name for s in metrics.sites],
         "cards": [view.fidelity_card(metrics), view.epsilon_card(metrics), view.cost_card(metrics)],
         "samples": view.sample_table(run_dir, metrics),
@@ -163,6 +166,26 @@ def write_report(run_dir: Path, metrics: Metrics) -> Path:
     for name, text in files.items():
         write_atomic(run_dir / name, text.encode())
     return run_dir / REPORT
+
+
+class Live(NamedTuple):
+    """What lets a page look for a newer one.
+
+    Attributes:
+        nonce: Of the only script that the page may run; it asks for the page's own address and no other.
+        tag: Name of this state of the page.
+        every: Seconds between two looks.
+    """
+
+    nonce: str
+    tag: str
+    every: int
+
+
+def live_page(run_dir: Path, metrics: Metrics, live: Live) -> str:
+    """Render the report as a page that renews itself while the run goes on."""
+    values = context(run_dir, concluded(metrics)) | {"live": None if metrics.finished else live}
+    return environment().get_template("report.html.j2").render(values)
 
 
 def read_metrics(path: Path) -> Metrics:
