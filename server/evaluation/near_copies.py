@@ -35,7 +35,8 @@ FEWEST_PATIENTS = 10
 NOTE = (
     "Compares drawn images with the public images that the starting weights have seen. It finds gross "
     "copying only: distances do not tell whether a patient's membership can be found out, and few finds are "
-    "no proof of privacy. Each hospital compares with its own images itself."
+    "no proof of privacy. A smooth picture is nearer to every other than a detailed one, so look at the finds "
+    "before you call them copies. Each hospital compares with its own images itself."
 )
 COARSE = " The reference has too few patients for a chance of {wanted:.0%}: it is {alpha:.1%}."
 
@@ -76,6 +77,10 @@ def near_copies(
         ]
 
     drawn, seen, other = sets(extractor)
+    if extractor.standardise:
+        # Features in units of their own: the largest would be all that a cosine sees.
+        mean, scale = seen.mean(dim=0), seen.std(dim=0).clamp_min(1e-6)
+        drawn, seen, other = ((features - mean) / scale for features in (drawn, seen, other))
     found = [nearest_by_features(some, seen) for some in (drawn, other)]
     by_features = measure_near_copies(
         found[0], prompts, found[1], patients, f"{FEATURE_MEASURE}, {extractor.name}"
