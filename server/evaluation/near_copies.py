@@ -35,8 +35,8 @@ FEWEST_PATIENTS = 10
 NOTE = (
     "Compares drawn images with the public images that the starting weights have seen. It finds gross "
     "copying only: distances do not tell whether a patient's membership can be found out, and few finds are "
-    "no proof of privacy. A smooth picture is nearer to every other than a detailed one, so look at the finds "
-    "before you call them copies. Each hospital compares with its own images itself."
+    "no proof of privacy. A smooth picture is nearer to every other than a detailed one, so look at the "
+    "finds before you call them copies. Each hospital compares with its own images itself."
 )
 COARSE = " The reference has too few patients for a chance of {wanted:.0%}: it is {alpha:.1%}."
 
