@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polyclinic.common.data.folder import read_folder
 from polyclinic.common.data.holdout import position
+from polyclinic.common.data.sources import read_records
 from polyclinic.common.data.table import Record
 from polyclinic.common.evaluation_settings import ExtractorSettings
 from polyclinic.common.features.extractor import Extractor
 from polyclinic.common.features.load import load_extractor
 from polyclinic.common.progress import say
+from polyclinic.common.settings import DataSettings
 from polyclinic.server.evaluation.estimate import all_metrics, z_scores
 from polyclinic.server.evaluation.features import FeatureStore
 from polyclinic.server.evaluation.jackknife import Jackknifed
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--features", type=Path, default=Path(".polyclinic/features"))
     arguments = parser.parse_args()
     order = sorted(
-        read_folder(arguments.data, "images.csv"), key=lambda r: (position(r.patient, KEY), r.patient)
+        read_records(DataSettings(), arguments.data), key=lambda r: (position(r.patient, KEY), r.patient)
     )
     generator = [r for r in order if position(r.patient, KEY) < 0.5]
     reference = [r for r in order if position(r.patient, KEY) >= 0.5]
