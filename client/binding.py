@@ -41,7 +41,8 @@ def dependencies() -> dict[str, str]:
     """
     found: dict[str, str] = {}
     extras: dict[str, set[str]] = {}
-    todo = [(ROOT, frozenset({""}))]
+    # What a site may have installed beside: decoders stand between its images and what is trained.
+    todo = [(ROOT, frozenset({"", "client", "dicom", "parquet"}))]
     while todo:
         name, wanted = todo.pop()
         new = set(wanted) - extras.setdefault(name, set())
