@@ -124,11 +124,42 @@ def comparison_verdict(arms: list[Metrics]) -> list[str]:
         ),
         privacy(names, arms),
         price_of_privacy(names, arms),
+        frontier(names, arms),
     ]
     name, unit, values = compute(arms)
     said.append(cheapest(names, values, unit, f"{name}, judging apart"))
     said.append(cheapest(names, [float(sum(bytes_moved(a))) for a in arms], "B", "Traffic"))
     return [sentence for sentence in said if sentence] + comparability(names, arms)
+
+
+def beaten(names: list[str], arms: list[Metrics]) -> dict[str, str]:
+    """Arm to one that is at least as good in privacy, fidelity and compute, and better in one of them.
+
+    By value: where intervals overlap, an arm may be beaten by chance. Arms that lack a value are left out.
+    """
+    _, _, prices = compute(arms)
+    points = {}
+    for name, arm, price in zip(names, arms, prices, strict=True):
+        kid, epsilon = final_kid(arm), worst_epsilon(arm)
+        if kid is not None and epsilon is not None and price is not None:
+            points[name] = (epsilon, kid.value, price)
+    found = {}
+    for name, own in points.items():
+        for other, theirs in points.items():
+            if theirs != own and all(a <= b for a, b in zip(theirs, own, strict=True)):
+                found[name] = other
+    return found
+
+
+def frontier(names: list[str], arms: list[Metrics]) -> str | None:
+    """Name the arms that no other beats in privacy, fidelity and compute together."""
+    worse = beaten(names, arms)
+    left = [name for name in names if name not in worse]
+    if len(arms) < 2 or not left:
+        return None
+    text = f"On the frontier of privacy, fidelity and compute, by value: {listed(left)}"
+    lost = [f"{name} is beaten by {other}" for name, other in worse.items()]
+    return f"{text}; {listed(lost)}." if lost else f"{text}: each is best at something."
 
 
 def privacy(names: list[str], arms: list[Metrics]) -> str:

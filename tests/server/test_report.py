@@ -246,6 +246,8 @@ def test_comparison_names_the_winners(comparison: tuple[Path, list[Metrics]]) ->
     assert any(s.startswith("Privacy: only dp (epsilon 7.8)") for s in said)
     assert any("price of privacy" in s and "2.3 times" in s for s in said)
     assert "no DP" in page.text
+    # Federated has the price and privacy of pooled, and a higher KID; the private arm is best at epsilon.
+    assert "by value: pooled and dp; federated is beaten by pooled." in page.text
     # Only the arm whose report exists is linked.
     assert [a["href"] for t, a in page.tags if t == "a" and a.get("class") != "skip"] == [
         "pooled/report.html"
