@@ -22,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = commands.add_parser("plan", help="check a study and say what it means")
     command.add_argument("study", help="study file, or the name of a packaged study")
+    command.add_argument(
+        "--measure", action="store_true", help="time the network here, to forecast seconds and energy too"
+    )
     common_options(command)
     command.set_defaults(act=_plan)
 
@@ -60,9 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from polyclinic.server.plan import plan, words
+    from polyclinic.server.plan import local_vae, plan, words
+    from polyclinic.server.plan_cost import measure_speed
 
-    planned = plan(load_study(arguments.study))
+    study = load_study(arguments.study)
+    vae = local_vae(study, str(arguments.study))
+    planned = plan(study, speed=measure_speed(study, vae) if arguments.measure else None)
     show(arguments, json.loads(planned.model_dump_json()), words(planned))
 
 
