@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from polyclinic.common.generators.base import Tensors
-from polyclinic.common.progress import say
+from polyclinic.common.progress import duration, say
 from polyclinic.common.study import Resolved
 from polyclinic.common.wire import ReplyFacts
 from polyclinic.server.progress_file import Board
@@ -97,7 +97,7 @@ class OpenRound:
         names = ", ".join(f"{site} ({WAITING[site in self.asked]})" for site in sorted(self.outstanding()))
         say(
             f"round {self.number}: replies of {len(self.took)} sites are here; waiting at most "
-            f"{left / 60:.0f} min for {names}. If a site will not come: `polyclinic-server revoke SITE` lets "
+            f"{duration(left)} for {names}. If a site will not come: `polyclinic-server revoke SITE` lets "
             "this round and the later ones go on without it (`reissue` takes it in again)"
         )
 

@@ -10,7 +10,6 @@ import copy
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -106,7 +105,9 @@ def main() -> None:
             (home.parent / "lingers").touch()
             time.sleep(5)  # the test kills its superexec now
         if mood == "slow":
-            os.kill(os.getpid(), signal.SIGSTOP)  # the test lets it go on when the round is over
+            (home.parent / "slow").touch()
+            while not (home.parent / "go-on").exists():  # the test lets it go on when the round is over
+                time.sleep(0.2)
         stored = training.answer_round(home, order, decode, in_time=in_time)
         return spoilt(stored, SPOIL[mood]) if mood in SPOIL else stored
 

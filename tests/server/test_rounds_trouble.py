@@ -128,7 +128,7 @@ def test_a_site_that_is_missed_is_named_and_not_waited_for_once_it_is_revoked(
     assert (sorted(record.replied), record.refused, record.absent) == (["x", "y"], {}, ["z"])
     assert record.seconds < 30
     said = "".join(told) + capsys.readouterr().err
-    assert f"waiting at most 1 min for z ({'asked' if came else 'not here'})" in said
+    assert f" for z ({'asked' if came else 'not here'}). If a site will not come" in said
     assert said.count("revoke SITE") == said.count("z was revoked and is not waited for") == 1
 
 
