@@ -8,7 +8,6 @@ it leaves.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 import traceback
@@ -16,17 +15,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from polyclinic.client.final import receive_final
 from polyclinic.client.journal import note
 from polyclinic.client.ledger import open_ledger
 from polyclinic.client.policy import load_policy
 from polyclinic.client.readiness import check_ready
+from polyclinic.client.releases import answer_release
 from polyclinic.client.training import answer_round
 from polyclinic.common.refusals import REASONS, BadInput, Reason, Refusal
-from polyclinic.common.wire import reply_records
-from polyclinic.common.wire_reading import read_order
+from polyclinic.common.wire import release_records, reply_records
+from polyclinic.common.wire_reading import digest, read_order, read_release_order
 
 app = ClientApp()
 
@@ -41,20 +42,27 @@ def train(message: Message, context: Context) -> Message:
     """Answer a round, or refuse with a code."""
 
     def work(home: Path, ready: Callable[[], bool]) -> RecordDict:
-        order, state = read_order(message.content)
-        return reply_records(answer_round(home, order, state, in_time=ready))
+        return reply_records(answer_round(home, *read_order(message.content), in_time=ready))
 
     return answer(message, context, work)
 
 
-@app.query("name")
-def name(message: Message, context: Context) -> Message:
-    """Say the site's public name; only simulations ask, where nodes are not registered by name."""
+@app.query("release")
+def release(message: Message, context: Context) -> Message:
+    """Answer a question for an extra release, or refuse with a code."""
 
-    def work(home: Path, _: Callable[[], bool]) -> RecordDict:
-        if SIMULATED_SITES not in os.environ or "home" in context.node_config:
-            raise Refusal("bad-message")  # a hospital's folder names are its own
-        return RecordDict({"name": ConfigRecord({"site": home.name})})
+    def work(home: Path, ready: Callable[[], bool]) -> RecordDict:
+        return release_records(answer_release(home, read_release_order(message.content), in_time=ready))
+
+    return answer(message, context, work)
+
+
+@app.query("final")
+def final(message: Message, context: Context) -> Message:
+    """Keep the final generator for the leakage gate, or refuse with a code."""
+
+    def work(home: Path, ready: Callable[[], bool]) -> RecordDict:
+        return release_records(receive_final(home, *read_order(message.content), in_time=ready))
 
     return answer(message, context, work)
 
@@ -89,14 +97,14 @@ def answer(message: Message, context: Context, work: Work) -> Message:
     try:
         metadata = message.metadata
         home = site_home(context)
-        digest, size = _measure(message.content)
+        sha256, size = digest(message.content)
         unwritten = _note(
             home,
             "in",
             type=metadata.message_type[:64],
             round=metadata.group_id[:64],
             message=metadata.message_id[:64],
-            sha256=digest,
+            sha256=sha256,
             bytes=size,
             created_at=f"{metadata.created_at:.3f}",
         )
@@ -109,10 +117,10 @@ def answer(message: Message, context: Context, work: Work) -> Message:
         _log(home, traceback.format_exc())
         outcome, reply = "fault", _refuse(message, REASONS["site-fault"])
     if home is not None:
-        digest, size = _measure(reply.content if reply.has_content() else RecordDict())
+        sha256, size = digest(reply.content if reply.has_content() else RecordDict())
         to = {"type": message.metadata.message_type[:64], "reply_to": message.metadata.message_id[:64]}
         # A line that cannot be written does not hold back what the ledger has settled already.
-        _note(home, "out", **to, sha256=digest, bytes=size, outcome=outcome)
+        _note(home, "out", **to, sha256=sha256, bytes=size, outcome=outcome)
     return reply
 
 
@@ -140,20 +148,6 @@ def _note(home: Path, kind: str, **values: object) -> Refusal | None:
         _log(home, str(error))
         return Refusal("journal-unwritable", str(error))
     return None
-
-
-def _measure(content: RecordDict) -> tuple[str, int]:
-    """SHA-256 over every entry's name, type and bytes, in the order of names; and the number of bytes."""
-    digest, size = hashlib.sha256(), 0
-    for name, record in sorted(content.items()):
-        for key, value in sorted(record.items()):
-            plain = not isinstance(value, Array)
-            kind = "" if plain else f"{value.stype}|{value.dtype}|{tuple(value.shape)}"
-            data = repr(value).encode() if plain else value.data
-            digest.update(f"{name}/{key}|{kind}|{len(data)}\n".encode())
-            digest.update(data)
-            size += len(data)
-    return digest.hexdigest(), size
 
 
 def _log(home: Path | None, text: str) -> None:

@@ -25,10 +25,14 @@ from polyclinic.client.ledger import Ledger
 from polyclinic.client.ledger_books import Books, open_books
 from polyclinic.client.ledger_chain import inspect
 from polyclinic.client.policy import Policy, check_noise, check_study, load_policy
-from polyclinic.common.calibration import calibrate
-from polyclinic.common.data.cache import build_cache, snapshot_hash
+from polyclinic.common.calibration import release_noise, study_noise
+from polyclinic.common.data.cache import build_cache
+from polyclinic.common.data.holdout import position
+from polyclinic.common.data.pixels import snapshot_hash
 from polyclinic.common.data.table import Record
-from polyclinic.common.files import sha256_file, write_atomic
+from polyclinic.common.features.efficientnet import efficientnet
+from polyclinic.common.features.extractor import Extractor
+from polyclinic.common.files import sha256_file, write_atomic, write_json_atomic
 from polyclinic.common.generators.base import BaseFiles, load_family
 from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.privacy.tap import toss_coins
@@ -56,6 +60,8 @@ class Approval(BaseModel):
         data: The data folder; None in a simulation, whose sites have no folder of their own.
         noise: Where the noise comes from, in words.
         coins: The audit tap's tosses, one a coordinate; they stay here until the last round's reply.
+        releases: Name of each charged extra release to its noise, in units of what one patient adds.
+        held_out_index: As `cache_index`, of the patients kept out of training; empty where nobody is.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,6 +82,8 @@ class Approval(BaseModel):
     data: Path | None = None
     noise: str = ""
     coins: str = ""
+    releases: dict[str, float] = {}
+    held_out_index: str = ""
 
 
 def code_hash() -> str:
@@ -132,14 +140,17 @@ def prepare_and_approve(
             f"site {site}: fewer patients than min_patients = {policy.min_patients} in its policy; "
             "bring more data or lower that limit"
         )
-    sigma, epsilon = noise_of(policy, resolved)
+    sigma, releases, epsilon = noise_of(policy, resolved)
     if known:
         _check_renewal(known, policy, sigma)
-        sigma, epsilon = known.sigma, known.epsilon
+        sigma, releases, epsilon = known.sigma, known.releases, known.epsilon
     check_noise(policy, study, sigma)
     check_base(resolved, files)
+    extractor = site_extractor(resolved)
     family = load_family(study.generator, study.data.image_size, files.vae, frozen=files.frozen)
-    index = build_cache(records, family, study.data, home / "cache")
+    trained, held_out = set_apart(records, resolved)
+    index = build_cache(trained, family, study.data, home / "cache", extractor)
+    held_out_index = build_cache(held_out, family, study.data, home / "cache", extractor) if held_out else ""
     approval = Approval(
         id=known.id if known else secrets.token_hex(8),
         site=site,
@@ -156,6 +167,8 @@ def prepare_and_approve(
         dependencies=dependencies(),
         data=data and data.resolve(),
         noise=study.privacy.noise_words,
+        releases=releases,
+        held_out_index=held_out_index,
         coins=known.coins if known else toss_coins(study.privacy.canaries) if study.privacy.enabled else "",
     )
     with open_books(home) as ledger:
@@ -173,6 +186,35 @@ def check_base(resolved: Resolved, files: BaseFiles) -> None:
     """
     if base_hash_of(files, resolved.study.generator) != resolved.base_hash:
         raise Refusal("approval-drift", "the base here is not the study's")
+
+
+def site_extractor(resolved: Resolved) -> Extractor | None:
+    """Find the study's public image features here; None where it asks for none.
+
+    Raises:
+        Refusal: `approval-drift` where the extractor here is not the study's.
+        BadInput: It is not installed.
+    """
+    if resolved.public is None:
+        return None
+    extractor = efficientnet()
+    if extractor.weights != resolved.public.extractor:
+        raise Refusal("approval-drift", f"{extractor.name} here is not the study's feature extractor")
+    return extractor
+
+
+def set_apart(records: list[Record], resolved: Resolved) -> tuple[list[Record], list[Record]]:
+    """Keep some patients out of training where a leakage gate asks for it: by a keyed hash of their ids.
+
+    Whether a patient is kept out depends on nobody else (PRIVACY.md, rule 7).
+    """
+    asked = resolved.study.releases
+    share = asked.held_out if asked.leakage_gate else 0.0
+    key = f"{resolved.study.name}|held-out"
+    parts: tuple[list[Record], list[Record]] = ([], [])
+    for record in records:
+        parts[position(record.patient, key) < share].append(record)
+    return parts
 
 
 def _check_renewal(known: Approval, policy: Policy, sigma: float) -> None:
@@ -203,6 +245,7 @@ def _set_aside(ledger: Books, approval: Approval, policy: Policy) -> None:
         epsilon=float("inf") if epsilon is None else epsilon,
         cap=policy.epsilon_total,
         delta_cap=policy.delta_cap,
+        releases=approval.releases,
     )
     if approval.coins:
         ledger.tap(approval.id, approval.coins)
@@ -213,22 +256,33 @@ def _write(home: Path, approval: Approval, records: list[Record]) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
     if approval.data is not None:  # before the approval, which says that it is there
         watch_data(_watched(home, approval), home, approval.data, approval.resolved.study.data, records)
+    if approval.resolved.study.releases.leakage_gate:  # the gate looks at images again, months later
+        rows = [[r.patient, str(r.image.resolve()), r.part] for r in records]
+        write_json_atomic(images_path(home, approval), rows, mode=0o600)
     path = folder / f"{approval.resolved.hash}.json"
     write_atomic(path, approval.model_dump_json(indent=1).encode(), mode=0o600)
+
+
+def images_path(home: Path, approval: Approval) -> Path:
+    """Where the approved table's patients and images are listed; it never leaves."""
+    return home / "approvals" / f"{approval.resolved.hash}.images"
 
 
 def _watched(home: Path, approval: Approval) -> Path:
     return home / "approvals" / f"{approval.resolved.hash}.data"
 
 
-def noise_of(policy: Policy, resolved: Resolved) -> tuple[float, float | None]:
-    """Smallest sigma within min(study's epsilon, the site's cap), and what it claims (rule 5)."""
-    privacy, steps = resolved.study.privacy, resolved.study.total_steps
-    if not privacy.enabled:
-        return 0.0, None
-    target = min(privacy.epsilon, policy.epsilon_per_study)
-    sigma = calibrate(target, privacy.delta, privacy.sampling_rate, steps)
-    return sigma, claim(((sigma, privacy.sampling_rate, steps),), privacy.delta)
+def noise_of(policy: Policy, resolved: Resolved) -> tuple[float, dict[str, float], float | None]:
+    """Noise of the rounds and of each extra release, and what all of it together claims (rule 5).
+
+    The claim stays within min(study's epsilon, the site's cap).
+    """
+    study = resolved.study
+    if not study.privacy.enabled:
+        return 0.0, release_noise(study.privacy, study.releases), None
+    target = min(study.privacy.epsilon, policy.epsilon_per_study)
+    sigma, releases, history = study_noise(study, target)
+    return sigma, releases, claim(history, study.privacy.delta)
 
 
 def find_approval(home: Path, study_hash: str) -> Approval | None:

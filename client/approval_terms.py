@@ -14,9 +14,11 @@ from polyclinic.client.policy import check_noise, check_study, load_policy
 from polyclinic.common.cost import view_flops
 from polyclinic.common.data.table import Record
 from polyclinic.common.device import pick_device
+from polyclinic.common.features.fourier import BOUND
 from polyclinic.common.generators.base import BaseFiles, load_family, trainable_state
-from polyclinic.common.study import Resolved, differences
-from polyclinic.common.wire import DIFFERENCE, FACTS, HASHES, SCALE, TAP, ReplyFacts
+from polyclinic.common.privacy.accounting import claim
+from polyclinic.common.study import Resolved, Study, differences
+from polyclinic.common.wire import DIFFERENCE, FACTS, HASHES, SCALE, SUM, TAP, ReleaseFacts, ReplyFacts
 
 WIDTH = 100
 _BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
@@ -30,6 +32,11 @@ PARTS = {
     HASHES: "a SHA-256 of each tensor above, to notice damage on the way",
 }
 FIELDS = {field.name: str(field.metadata["words"]) for field in fields(ReplyFacts)}
+# Of an extra release; its sum is a part of its own.
+RELEASE_FIELDS = {
+    SUM: "the noisy sum, where one is set aside below",
+    **{field.name: str(field.metadata["words"]) for field in fields(ReleaseFacts)},
+}
 
 
 def terms(
@@ -53,7 +60,7 @@ def terms(
     """
     study, policy = resolved.study, load_policy(home)
     check_study(policy, study, resolved.base_hash)
-    sigma, epsilon = noise_of(policy, resolved)
+    sigma, releases, epsilon = noise_of(policy, resolved)
     check_noise(policy, study, sigma)
     check_base(resolved, files)
     family = load_family(
@@ -93,6 +100,9 @@ def terms(
         "epsilon": "inf" if epsilon is None else epsilon,
         "delta": study.privacy.delta,
         "noise": study.privacy.noise_words,
+        "releases": {name: _release(study, name, z) for name, z in releases.items()},
+        "leakage_gate": study.releases.leakage_gate,
+        "held_out": study.releases.held_out if study.releases.leakage_gate else 0.0,
         "canaries": study.privacy.canaries if study.privacy.enabled else 0,
         "epsilon_before": _finite(spent[0]),
         "epsilon_after": _finite(spent[0] + more[0]),
@@ -108,8 +118,17 @@ def terms(
         "bytes_down": numbers * _BYTES[down],
         "flops": float(view_flops(family) * study.privacy.views * batch * study.total_steps),
         "leaves": {**PARTS, **FIELDS},
+        "leaves_once": RELEASE_FIELDS if releases or study.releases.leakage_gate else {},
         "differs_from_approved": differences(earlier[-1], resolved) if earlier else [],
     }
+
+
+def _release(study: Study, name: str, noise: float) -> dict[str, float | str]:
+    """Gather what an extra release costs alone; its share of the whole is part of the study's epsilon."""
+    private = study.privacy.enabled
+    alone = claim(((noise, 1.0, 1),), study.privacy.delta) if private else "inf"
+    bound = BOUND if name == "fidelity" else 1.0
+    return {"noise": noise, "epsilon": alone, "bound": bound, "length": study.releases.fourier_features + 1}
 
 
 def _finite(value: float) -> float | str:
@@ -118,7 +137,7 @@ def _finite(value: float) -> float | str:
 
 def words(facts: dict[str, Any]) -> str:
     """Say the terms in plain words."""
-    part = [_head(facts), _happens(facts), _leaves(facts), _costs(facts)]
+    part = [_head(facts), _happens(facts), _leaves(facts), *_once(facts), _costs(facts)]
     if facts["differs_from_approved"]:
         rows = "\n".join(f"  {row}" for row in facts["differs_from_approved"])
         part.insert(1, f"NOT the study approved before under this name; it differs in\n{rows}")
@@ -167,6 +186,43 @@ def _leaves(facts: dict[str, Any]) -> str:
     )
 
 
+def _once(facts: dict[str, Any]) -> list[str]:
+    """Say what leaves once, after the last round: a line for each release (PRIVACY.md, rules 15 and 16)."""
+    said, unit, sums = [], facts["unit"], facts["releases"]
+    if "fidelity" in sums:
+        one = sums["fidelity"]
+        said.append(
+            f"fidelity (DP-CMMD): one sum of {one['length']} numbers made from public image features, one "
+            f"image a {unit}, by which the coordinator tells how near the final images are to yours; a "
+            f"{unit} moves it by at most {one['bound']:.3f}, and noise of {_alone(one, facts)} is added "
+            f"here. It tells the number of {unit}s, as noisily."
+        )
+    if facts["leakage_gate"]:
+        said.append(
+            "gate: you draw images from the final generator, compare them with your own on this machine, and "
+            "say `released` or `not released`. That word leaves, never why, and no membership score ever. "
+            f"{facts['held_out']:.0%} of your {unit}s, by a keyed hash of their ids, are not trained on, so "
+            "that there is somebody to compare with."
+        )
+    if "copies" in sums:
+        said.append(
+            f"copies: with `released`, and only then, the number of {unit}s of whom a near copy was drawn; a "
+            f"{unit} counts at most once, and noise of {_alone(sums['copies'], facts)} is added here."
+        )
+    elif facts["leakage_gate"]:
+        said.append("copies: no number of near copies leaves.")
+    if not said:
+        return []
+    rows = [f"  {name:15} {text}" for name, text in facts["leaves_once"].items()]
+    return ["\n".join([_paragraphs("What leaves once, after the last round", *said), *rows])]
+
+
+def _alone(one: dict[str, Any], facts: dict[str, Any]) -> str:
+    if not facts["private"]:
+        return "none (NOT PRIVATE)"
+    return f"{one['noise']:g} times that (epsilon {one['epsilon']:.3f} alone; it is in the sum below)"
+
+
 def _costs(facts: dict[str, Any]) -> str:
     if not facts["private"]:
         return _paragraphs(
@@ -179,10 +235,11 @@ def _costs(facts: dict[str, Any]) -> str:
     )
     first = before if isinstance(before, str) else f"{before:.3f}"
     last = after if isinstance(after, str) else f"{after:.3f}"
+    once = ", with what leaves once" if facts["releases"] else ""
     return _paragraphs(
         "What it costs",
         f"Each {facts['unit']}: epsilon {facts['epsilon']:.3f} at delta {facts['delta']:.2g} for the whole "
-        f"study, by noise of sigma {facts['sigma']:g} on contributions of at most {facts['clip']:g}, a "
+        f"study{once}, by noise of sigma {facts['sigma']:g} on contributions of at most {facts['clip']:g}, a "
         f"{facts['unit']} being in a step with chance {facts['sampling_rate']:g}; for the declared size of "
         f"{facts['declared_patients']}.",
         f"Whose noise: this site's own, {facts['noise']}. The promise rests on it alone: not on the "

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from polyclinic.client.intake import site_records, watched_tables
-from polyclinic.common.data.cache import snapshot_hash
+from polyclinic.common.data.pixels import snapshot_hash
 from polyclinic.common.data.table import Record
 from polyclinic.common.files import write_json_atomic
 from polyclinic.common.generators.base import BaseFiles

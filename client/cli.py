@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from polyclinic.client import cli_approval, cli_data, cli_enrolment, cli_node, cli_reader
+from polyclinic.client import cli_approval, cli_data, cli_enrolment, cli_leakage, cli_node, cli_reader
 from polyclinic.common.cli import common_options, run_command, show
 from polyclinic.common.files import write_atomic
 
@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli_data.add_commands(commands)
     cli_approval.add_commands(commands)
     cli_node.add_commands(commands)
+    cli_leakage.add_commands(commands)
     cli_reader.add_commands(commands)
     _add_ledger(commands.add_parser("ledger", help="what this site has spent"))
     return run_command(parser, argv)

@@ -122,17 +122,18 @@ def _approve(arguments: argparse.Namespace) -> None:
         return
     print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
     if not arguments.yes:
-        _ask(f"\nTo approve, type the study's name ({study.name}): ", study.name)
+        ask(f"\nTo approve, type the study's name ({study.name}): ", study.name)
     made = prepare_and_approve(home, site, resolved, records, files, data=arguments.data, renew=True)
     note(home, "approve", study=resolved.hash, approval=made.id)
     facts["approval"] = made.id
     show(arguments, facts, f"\napproved as {made.id}: `polyclinic-client start` answers its rounds")
 
 
-def _ask(question: str, name: str) -> None:
+def ask(question: str, name: str) -> None:
+    """Ask a person to type a name; raises `BadInput` where they do not."""
     print(question, end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip() != name:
-        raise BadInput(f"not approved, nothing was set aside: type {name} when asked, or give --yes")
+        raise BadInput(f"nothing was done: type {name} when asked, or give --yes")
 
 
 def _approvals(arguments: argparse.Namespace) -> None:
@@ -166,16 +167,23 @@ def _row(home: Path, books: Books, approval: Approval) -> dict[str, Any]:
     }
 
 
-def _close(arguments: argparse.Namespace) -> None:
-    from polyclinic.client.approval import list_approvals
-    from polyclinic.client.ledger_books import Books, open_books
+def open_named(home: Path, asked: str) -> Approval:
+    """Find the open study that a person means: by its name, its run's, or the first characters of its hash.
 
-    home, asked = arguments.home, arguments.study
+    Raises:
+        BadInput: None, or several.
+    """
+    from polyclinic.client.approval import list_approvals
+    from polyclinic.client.ledger_books import Books
+
     books = Books(home, inspect(home)[0])
     found = [
         approval
         for approval in list_approvals(home)
-        if (approval.resolved.study.name == asked or approval.resolved.hash[: max(4, len(asked))] == asked)
+        if (
+            asked in (approval.resolved.study.name, approval.resolved.run_name)
+            or approval.resolved.hash[: max(4, len(asked))] == asked
+        )
         and not books.of(approval.id, "close")
     ]
     if len(found) != 1:
@@ -184,17 +192,26 @@ def _close(arguments: argparse.Namespace) -> None:
             f"{asked}: {names} of this site's open studies fit; name one, or its hash, as "
             "`polyclinic-client approvals` has it"
         )
-    study = found[0].resolved
+    return found[0]
+
+
+def _close(arguments: argparse.Namespace) -> None:
+    from polyclinic.client.ledger_books import Books, open_books
+
+    home, asked = arguments.home, arguments.study
+    approval = open_named(home, asked)
+    books = Books(home, inspect(home)[0])
+    study = approval.resolved
     before = books.committed()
     if not arguments.yes:
-        _ask(f"No further round of {study.run_name} will be answered. Type its name: ", study.study.name)
+        ask(f"No further round of {study.run_name} will be answered. Type its name: ", study.study.name)
     with open_books(home) as ledger:
-        ledger.close(found[0].id)
+        ledger.close(approval.id)
         after = ledger.committed()
-    note(home, "close", study=study.hash, approval=found[0].id)
+    note(home, "close", study=study.hash, approval=approval.id)
     facts = {
         "study": study.hash,
-        "approval": found[0].id,
+        "approval": approval.id,
         "epsilon_returned": "inf" if before[0] == float("inf") else before[0] - after[0],
         "delta_returned": before[1] - after[1],
     }

@@ -14,8 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from polyclinic.common.data.cache import snapshot_hash
-from polyclinic.common.data.pixels import digests
+from polyclinic.common.data.pixels import digests, snapshot_hash
 from polyclinic.common.data.sources import read_records, table_files
 from polyclinic.common.data.table import Record
 from polyclinic.common.files import canonical_json, sync_folder, write_atomic

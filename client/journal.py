@@ -7,7 +7,7 @@ is in it, no loss, count, prompt or exception text. Kinds, with their own fields
   received, `created_at` (Unix seconds by the coordinator's clock).
 * `out`: `type`, `reply_to`, `sha256` and `bytes` of what was sent, `outcome`: `answered`, `answered again`
   (from the store; a question is one, too), a refusal's code and name, or `fault`.
-* `start`, `stop`: the node's processes. `approve`, `close`: `study`, `approval`.
+* `start`, `stop`: the node's processes. `approve`, `close`, `gate`: `study`, `approval`.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def _installed() -> Callable[..., Message]:
         raise LoadClientAppError from error
 
     def respond(message: Message, context: Context) -> Message:
-        if message.metadata.message_type not in ("train", "query.name", "query.idle"):
+        if message.metadata.message_type not in ("train", "query.idle", "query.release", "query.final"):
             return _refusing(Refusal("bad-message", "type"))(message, context)
         return app(message, context)
 

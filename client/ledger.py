@@ -8,6 +8,8 @@ A line has the fields that `common/chain.py` says, and its kind's own. Kinds:
 * `spent`: the process itself saw its attempt fail; the reservation counts as used.
 * `earmark`, `tap`, `close`, `anchor`: what people do between rounds (`ledger_books.py`).
 
+`round` is a number, or the name of an extra release, which is answered, once, in the same way.
+
 Order of a round: reserve + fsync -> train -> store the reply in one rename -> settle + fsync ->
 first byte sent. A second file, `ledger.head`, holds sequence and hash of the last line: an anchor
 against lost lines. A torn last line is set aside and named. docs/ledger.md has the format in full.
@@ -16,24 +18,27 @@ against lost lines. A torn last line is set aside and named. docs/ledger.md has 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyclinic.client.ledger_chain import inspect
-from polyclinic.common.chain import Line, append_anchored, lock, set_aside
+from polyclinic.client.ledger_chain import read_lines
+from polyclinic.common.chain import Line, append_anchored, lock
 from polyclinic.common.files import sha256_file, sync_folder, write_atomic
 from polyclinic.common.refusals import Refusal
 
 if TYPE_CHECKING:
     from polyclinic.common.privacy.accounting import History
 
+# What is answered once: a round, by its number, or an extra release, by its name.
+Item = int | str
+
 
 @dataclass(frozen=True)
 class Reservation:
-    """A place in the ledger for one round's training.
+    """A place in the ledger for one round's training, or for an extra release.
 
     Attributes:
         sequence: Number of its line.
@@ -79,7 +84,7 @@ class Ledger:
 
         return claim(self.history(approval), earmark["delta"])
 
-    def stored_reply(self, approval: str, round_number: int, state: str) -> Path | None:
+    def stored_reply(self, approval: str, item: Item, state: str) -> Path | None:
         """Find the reply to a round that was already answered, and check that it is the settled one.
 
         Raises:
@@ -87,8 +92,8 @@ class Ledger:
                 `reply-broken` where the settled file is gone or changed: it may have been sent, so
                 training again would be a second release; `ledger-broken` for a reply never reserved.
         """
-        path = self.reply_path(approval, round_number)
-        reserved, settled = (self._line(approval, kind, round_number) for kind in ("reserve", "settle"))
+        path = self.reply_path(approval, item)
+        reserved, settled = (self._line(approval, kind, item) for kind in ("reserve", "settle"))
         if reserved is None:
             if path.exists():
                 raise Refusal("ledger-broken", f"{path} is there, its reservation is not")
@@ -101,11 +106,20 @@ class Ledger:
             raise Refusal("reply-broken", str(path))
         return path
 
+    def answered(self, approval: str, item: Item, state: str) -> bytes | None:
+        """Read what was answered, and settle it where a crash came before; None where nothing was."""
+        stored = self.stored_reply(approval, item, state)
+        if stored is None:
+            return None
+        reply = stored.read_bytes()
+        self.note_settled(approval, item, reply)
+        return reply
+
     def reserve(
         self,
         *,
         approval: str,
-        round_number: int,
+        item: Item,
         state: str,
         sigma: float,
         rate: float,
@@ -121,49 +135,63 @@ class Ledger:
         """
         (earmark,) = self.of(approval, "earmark")
         asked = {"state": state, "sigma": sigma, "rate": rate, "steps": steps, "tau": tau}
-        used = sum(count for _, _, count in self.history(approval))
+        release = isinstance(item, str)
+        used = sum(line["steps"] for line in self.of(approval, "reserve") if isinstance(line["round"], int))
         if self.of(approval, "close"):
             raise Refusal("budget-exhausted", "the study is closed")
-        earlier = self._line(approval, "reserve", round_number)
+        earlier = self._line(approval, "reserve", item)
         if earlier is not None:
-            if self._line(approval, "spent", round_number):
+            if self._line(approval, "spent", item):
                 raise Refusal("round-already-answered", "an earlier attempt failed and counts as spent")
-            if self._line(approval, "settle", round_number) or any(earlier[k] != v for k, v in asked.items()):
+            if self._line(approval, "settle", item) or any(earlier[k] != v for k, v in asked.items()):
                 raise Refusal("round-already-answered")
             return Reservation(earlier["sequence"], earlier["hash"], reused=True)
-        weaker = sigma < earmark["sigma"] or rate > earmark["rate"]
-        if used + steps > earmark["steps"] or weaker:
+        noise = earmark.get("releases", {}).get(item, float("inf")) if release else earmark["sigma"]
+        if sigma < noise or rate > (1.0 if release else earmark["rate"]):
+            raise Refusal("budget-exhausted", "less noise than was set aside, or not set aside")
+        if (steps != 1) if release else used + steps > earmark["steps"]:
             raise Refusal("budget-exhausted", f"{used} of {earmark['steps']} steps used")
-        line = self.append("reserve", approval=approval, round=round_number, **asked)
+        line = self.append("reserve", approval=approval, round=item, **asked)
         return Reservation(line["sequence"], line["hash"], reused=False)
 
-    def settle(self, approval: str, round_number: int, reply: bytes) -> Path:
+    def settle(self, approval: str, item: Item, reply: bytes) -> Path:
         """Store the reply whole, then write that it is there. Only the stored file may be sent."""
-        path = self.reply_path(approval, round_number)
+        path = self.reply_path(approval, item)
         path.parent.mkdir(mode=0o700, exist_ok=True)
         sync_folder(self.folder)  # or a power cut could leave a settle line without its reply
         write_atomic(path, reply, mode=0o600)
-        self.note_settled(approval, round_number, reply)
+        self.note_settled(approval, item, reply)
         return path
 
-    def note_settled(self, approval: str, round_number: int, reply: bytes) -> None:
+    def note_settled(self, approval: str, item: Item, reply: bytes) -> None:
         """Write the settle line, once: after a crash between store and settle it may be missing."""
-        if self._line(approval, "settle", round_number) is None:
-            self.append(
-                "settle", approval=approval, round=round_number, reply=hashlib.sha256(reply).hexdigest()
-            )
+        if self._line(approval, "settle", item) is None:
+            self.append("settle", approval=approval, round=item, reply=hashlib.sha256(reply).hexdigest())
 
-    def fail(self, approval: str, round_number: int) -> None:
+    def answer(self, approval: str, item: Item, make: Callable[[], bytes]) -> bytes:
+        """Make what was reserved, store it whole, settle it; these bytes, and no others, may be sent."""
+        try:
+            self.settle(approval, item, make())
+        except Exception:
+            # The attempt is seen to fail here: it counts as spent, unless its reply is already stored.
+            # Its text stays at the site.
+            if not self.reply_path(approval, item).exists():
+                self.fail(approval, item)
+            raise
+        return self.reply_path(approval, item).read_bytes()
+
+    def fail(self, approval: str, item: Item) -> None:
         """Close a reservation whose attempt this process saw fail: it counts as spent."""
-        self.append("spent", approval=approval, round=round_number)
+        self.append("spent", approval=approval, round=item)
 
-    def reply_path(self, approval: str, round_number: int) -> Path:
+    def reply_path(self, approval: str, item: Item) -> Path:
         """Where a round's reply is stored."""
-        return self.folder / "replies" / f"{approval}-{round_number:04d}.safetensors"
+        name = item if isinstance(item, str) else f"{item:04d}"
+        return self.folder / "replies" / f"{approval}-{name}.safetensors"
 
-    def _line(self, approval: str, kind: str, round_number: int) -> Line | None:
+    def _line(self, approval: str, kind: str, item: Item) -> Line | None:
         """The line of one kind for a round, if it is there; there is at most one."""
-        return next((line for line in self.of(approval, kind) if line["round"] == round_number), None)
+        return next((line for line in self.of(approval, kind) if line["round"] == item), None)
 
     def append(self, kind: str, **values: Any) -> Line:
         """Add a line, then the head that anchors it; each fsync'd."""
@@ -185,18 +213,3 @@ def open_ledger(folder: Path, *, headless: bool = False) -> Iterator[Ledger]:
         raise Refusal("ledger-missing", str(folder / "ledger.jsonl"))
     with lock(folder, "ledger"):
         yield Ledger(folder, read_lines(folder, headless=headless))
-
-
-def read_lines(folder: Path, *, headless: bool = False) -> list[Line]:
-    """Read and verify a ledger whose lock is held.
-
-    A torn last line (a crash while it was written; nothing can have followed it) is moved to
-    `ledger.torn` and named on the terminal.
-
-    Raises:
-        Refusal: As `inspect`.
-    """
-    lines, torn = inspect(folder, headless=headless)
-    if torn:
-        set_aside(folder, "ledger", torn)
-    return lines

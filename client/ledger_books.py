@@ -3,7 +3,8 @@
 No round calls any of this; `ledger.py` is all that a round needs. The kinds of lines written here:
 
 * `earmark`: an approval sets a study's whole schedule aside: approval, study, sigma, rate, steps,
-  delta, epsilon (the string "inf" where the study is not private).
+  delta, epsilon (the string "inf" where the study is not private), and `releases`, the noise of each
+  extra release, where there are any.
 * `tap`: the study's audit tap, which costs nothing: approval, number of coordinates, hash of its coins.
 * `close`: a study ended; what it did not use comes back.
 * `anchor`: a person accepted a whole chain whose `ledger.head` was lost.
@@ -52,6 +53,7 @@ class Books(Ledger):
         epsilon: float,
         cap: float,
         delta_cap: float,
+        releases: dict[str, float] | None = None,
     ) -> None:
         """Set a study's whole schedule aside.
 
@@ -62,9 +64,10 @@ class Books(Ledger):
             rate: q.
             steps: Steps of the whole schedule.
             delta: Of the guarantee.
-            epsilon: Of the whole schedule; infinity where not private.
+            epsilon: Of the whole schedule, extra releases included; infinity where not private.
             cap: The site's total epsilon over all studies.
             delta_cap: The site's total delta over all studies.
+            releases: Name of each extra release to its noise.
 
         Raises:
             Refusal: `budget-exhausted` where a total would pass its cap, or where a private study
@@ -86,6 +89,7 @@ class Books(Ledger):
             steps=steps,
             delta=delta,
             epsilon=text,
+            **({"releases": releases} if releases else {}),
         )
 
     def close(self, approval: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from polyclinic.common.chain import Line, read_anchored
+from polyclinic.common.chain import Line, read_anchored, set_aside
 from polyclinic.common.refusals import Refusal
 
 
@@ -26,3 +26,18 @@ def inspect(folder: Path, *, headless: bool = False) -> tuple[list[Line], bytes]
     if not lines:
         raise Refusal("ledger-missing", f"no whole line in {folder / 'ledger.jsonl'}")
     return lines, torn
+
+
+def read_lines(folder: Path, *, headless: bool = False) -> list[Line]:
+    """Read and verify a ledger whose lock is held.
+
+    A torn last line (a crash while it was written; nothing can have followed it) is moved to
+    `ledger.torn` and named on the terminal.
+
+    Raises:
+        Refusal: As `inspect`.
+    """
+    lines, torn = inspect(folder, headless=headless)
+    if torn:
+        set_aside(folder, "ledger", torn)
+    return lines

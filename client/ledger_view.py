@@ -19,7 +19,7 @@ from polyclinic.common.chain import Line
 from polyclinic.common.files import sha256_file, write_json_atomic
 from polyclinic.common.privacy.accounting import History, claim, epsilon_prv
 from polyclinic.common.refusals import BadInput, Refusal
-from polyclinic.common.wire_reading import unpack_reply
+from polyclinic.common.wire_reading import echoed
 
 POINTS = 12  # rounds of a study whose epsilon is computed for its curve
 BAR = 30  # characters
@@ -64,7 +64,8 @@ def spending(home: Path, delta: float | None = None) -> dict[str, Any]:
 
 def _study(ledger: Ledger, earmark: Line, delta: float | None) -> dict[str, Any]:
     approval = earmark["approval"]
-    reserved = ledger.of(approval, "reserve")
+    everything = ledger.of(approval, "reserve")
+    reserved = [line for line in everything if isinstance(line["round"], int)]
     private = earmark["epsilon"] != "inf"
     at = earmark["delta"] if delta is None else delta
     steps = sum(line["steps"] for line in reserved)
@@ -88,6 +89,14 @@ def _study(ledger: Ledger, earmark: Line, delta: float | None) -> dict[str, Any]
         "sampling_rate": earmark["rate"],
         "delta": at,
         "rounds": len(reserved),
+        "releases": {
+            name: {
+                "sigma": noise,
+                "epsilon": claim(((noise, 1.0, 1),), at) if private else "inf",
+                "spent": any(line["round"] == name for line in everything),
+            }
+            for name, noise in earmark.get("releases", {}).items()
+        },
         "rounds_failed": len(ledger.of(approval, "spent")),
         "steps": steps,
         "steps_set_aside": earmark["steps"],
@@ -156,6 +165,9 @@ def words(facts: dict[str, Any]) -> str:
             share = 1.0 if row["epsilon"] == "inf" else min(1.0, row["epsilon"] / full)
             bar = "#" * round(BAR * share)
             rows.append(f"  round {row['round']:>5} |{bar:{BAR}}| {_number(row['epsilon'])}")
+        for name, row in study["releases"].items():
+            when = "spent" if row["spent"] else "set aside"
+            rows.append(f"  release {name}, {when}: epsilon {_number(row['epsilon'])} alone")
         if study["state"] == "open" and study["rounds_left"] is not None:
             pace = study["seconds_left"]
             when = "" if pace is None else f", {_duration(pace)} at the pace so far"
@@ -249,8 +261,7 @@ def verify(home: Path, anchors: Sequence[str] = (), *, headless: bool = False) -
     for path in replies:
         if path not in reserved:
             raise Refusal("ledger-broken", f"{path} is there, its reservation is not")
-        facts = unpack_reply(path.read_bytes())[1]
-        _check_anchor(lines, facts.ledger_sequence, facts.ledger_hash, f"the head echoed in {path}")
+        _check_anchor(lines, *echoed(path.read_bytes()), f"the head echoed in {path}")
     for anchor in anchors:
         sequence, _, found = anchor.partition(":")
         if not sequence.isdecimal() or len(found) != 64:

@@ -68,11 +68,9 @@ def answer_round(
     state = decode(transport)
     incoming = hash_state(state)
     with open_ledger(home) as ledger:
-        stored = ledger.stored_reply(approval.id, order.round, incoming)
+        stored = ledger.answered(approval.id, order.round, incoming)
         if stored is not None:
-            reply = stored.read_bytes()
-            ledger.note_settled(approval.id, order.round, reply)
-            return reply
+            return stored
         if not in_time():
             raise Refusal("round-too-late")
         device = pick_device(study.training.device)
@@ -91,34 +89,34 @@ def answer_round(
             _SELF_TESTED.add((approval.id, device))
         data = load_cache(home / "cache", approval.cache_index)  # refuses before anything is spent
         residual = _residual(ledger, approval.id, order.round) if transport == "int8" else {}
+        steps = study.training.steps_per_round
+        flops = float(view_flops(family) * study.privacy.views * approval.divisor * steps)
         reservation = ledger.reserve(
             approval=approval.id,
-            round_number=order.round,
+            item=order.round,
             state=incoming,
             sigma=approval.sigma,
             rate=study.privacy.sampling_rate,
-            steps=study.training.steps_per_round,
+            steps=steps,
             tau=tau(study.privacy.engine) if study.privacy.enabled else 0.0,
         )
-        try:
-            with Meter(device) as meter:
+        meter = Meter(device)
+
+        def make() -> bytes:
+            with meter:
                 difference, tap = _train(approval, order.round, state, family, data, device)
-            facts = _facts(approval, order, ledger, reservation, family)
-            reply = pack_reply(difference, facts, tap, transport, residual)
-            ledger.settle(approval.id, order.round, reply)
-        except Exception:
-            # The attempt is seen to fail here: it counts as spent, unless its reply is already stored.
-            # Its text stays at the site.
-            if not ledger.reply_path(approval.id, order.round).exists():
-                ledger.fail(approval.id, order.round)
-            raise
-        append_cost(home / "cost.jsonl", "train", meter.measurement, round=order.round, flops=facts.flops)
-        return ledger.reply_path(approval.id, order.round).read_bytes()
+            facts = _facts(approval, order, ledger, reservation, flops)
+            return pack_reply(difference, facts, tap, transport, residual)
+
+        reply = ledger.answer(approval.id, order.round, make)
+        append_cost(home / "cost.jsonl", "train", meter.measurement, round=order.round, flops=flops)
+        return reply
 
 
 def _residual(ledger: Ledger, approval: str, round_number: int) -> Tensors:
     """What rounding lost in the reply to the last settled round before this one; nothing at the first."""
-    settled = [line for line in ledger.of(approval, "settle") if line["round"] < round_number]
+    before = range(1, round_number)
+    settled = [line for line in ledger.of(approval, "settle") if line["round"] in before]
     if not settled:
         return {}
     last = max(settled, key=lambda line: int(line["round"]))
@@ -134,8 +132,7 @@ def _train(
     """Train a round's steps and return the difference and what the tap sends, fp32 on the CPU."""
     study = approval.resolved.study
     load_trainable_state(family.module, state)
-    key = study.training.test_key
-    random = KeyedRandom.from_os() if key is None else KeyedRandom.for_test(key, approval.site, round_number)
+    random = KeyedRandom.for_attempt(study.training.test_key, approval.site, round_number)
     privacy, tap = study.privacy, None
     engine: StepEngine
     if privacy.enabled:
@@ -161,16 +158,15 @@ def _train(
 
 
 def _facts(
-    approval: Approval, order: RoundOrder, ledger: Ledger, reservation: Reservation, family: Family
+    approval: Approval, order: RoundOrder, ledger: Ledger, reservation: Reservation, flops: float
 ) -> ReplyFacts:
     study = approval.resolved.study
     private = study.privacy.enabled
-    steps = study.training.steps_per_round
     return ReplyFacts(
         round=order.round,
         sigma=approval.sigma,
         sampling_rate=study.privacy.sampling_rate,
-        steps=steps,
+        steps=study.training.steps_per_round,
         clip=study.privacy.clip if private else float("inf"),
         divisor=approval.divisor,
         tau=tau(study.privacy.engine) if private else 0.0,
@@ -182,5 +178,5 @@ def _facts(
         approval=approval.id,
         ledger_sequence=reservation.sequence,
         ledger_hash=reservation.hash,
-        flops=float(view_flops(family) * study.privacy.views * approval.divisor * steps),
+        flops=flops,
     )

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from polyclinic.common.privacy.accounting import epsilon_prv, epsilon_rdp
+from polyclinic.common.privacy.accounting import History, epsilon_prv, epsilon_rdp
 from polyclinic.common.refusals import BadInput
+from polyclinic.common.release_settings import ReleaseSettings
+from polyclinic.common.settings import PrivacySettings
+from polyclinic.common.study import Study
 
 MAX_SIGMA = 1e4
 
 
 @lru_cache(maxsize=256)
-def calibrate(epsilon: float, delta: float, rate: float, steps: int) -> float:
+def calibrate(epsilon: float, delta: float, rate: float, steps: int, beside: History = ()) -> float:
     """Smallest sigma (to 0.1 %) whose claim stays within epsilon.
 
     Args:
@@ -22,13 +25,19 @@ def calibrate(epsilon: float, delta: float, rate: float, steps: int) -> float:
         delta: As in `claim`.
         rate: Sampling rate q.
         steps: Steps of the whole schedule.
+        beside: What is released beside it, within the same epsilon.
 
     Raises:
         BadInput: Not even a huge sigma is enough.
     """
+    if beside and not epsilon_prv(beside, delta) < epsilon:
+        raise BadInput(
+            f"privacy.epsilon = {epsilon:g} is no more than what releases.fidelity_epsilon and "
+            "releases.copies_epsilon take; lower those, or allow more here"
+        )
 
     def enough(sigma: float) -> bool:
-        history = ((sigma, rate, steps),)
+        history = (*beside, (sigma, rate, steps))
         # PRV's grid takes gigabytes where sigma is far too small, and its sums may end in NaN: RDP rules
         # those out first, and a NaN is never enough.
         return epsilon_rdp(history, delta) <= 50 + 10 * epsilon and epsilon_prv(history, delta) <= epsilon
@@ -46,3 +55,25 @@ def calibrate(epsilon: float, delta: float, rate: float, steps: int) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return round(high + 5e-5, 4)
+
+
+def release_noise(privacy: PrivacySettings, releases: ReleaseSettings) -> dict[str, float]:
+    """Noise z of each charged extra release, in units of what one patient adds; 0 where not private."""
+    if not privacy.enabled:
+        return dict.fromkeys(releases.epsilons, 0.0)
+    return {name: calibrate(own, privacy.delta, 1.0, 1) for name, own in releases.epsilons.items()}
+
+
+def study_noise(study: Study, epsilon: float) -> tuple[float, dict[str, float], History]:
+    """Choose the noise of a private study so that rounds and extra releases together stay within epsilon.
+
+    Returns:
+        sigma of the rounds, z of each extra release by name, and the history they make.
+
+    Raises:
+        BadInput: It cannot be met.
+    """
+    privacy, noise = study.privacy, release_noise(study.privacy, study.releases)
+    beside = tuple((z, 1.0, 1) for z in noise.values())
+    sigma = calibrate(epsilon, privacy.delta, privacy.sampling_rate, study.total_steps, beside)
+    return sigma, noise, (*beside, (sigma, privacy.sampling_rate, study.total_steps))

@@ -1,6 +1,7 @@
 """Other ways to the same clipped sum, to compare the one-backward engine with.
 
-`vmap` is torch.func's gradient mapped over patients. `hooks` and `ghost` are Opacus's, which are silently
+`loop` takes one patient at a time by plain autograd and is the oracle. `vmap` is torch.func's gradient
+mapped over patients. `hooks` and `ghost` are Opacus's, which are silently
 wrong on some layouts (`tensor_utils.unfold2d` reads a convolution's input as if it were contiguous) and
 for K > 1 views (`ghost` clips every row on its own): there they refuse. The sum, the norm and the factors
 are `clipping`'s, and the start-up self-test holds for each of them.
@@ -30,6 +31,18 @@ from polyclinic.common.privacy.clipping import (
     zeros,
 )
 from polyclinic.common.refusals import Refusal
+
+
+def loop_sum(family: Family, views: Views, clip: float, micro_batch: int = 1) -> Tensors:
+    """Clipped sum over patients, one at a time by plain autograd: the oracle."""
+    parameters = trainable(family.module)
+    sums = zeros(family)
+    margin = tau("loop", compute_dtype(family))
+    for part in micro_batches(views, 1):
+        gradients = torch.autograd.grad(patient_losses(family, part).sum(), list(parameters.values()))
+        found = dict(zip(parameters, (g[None] for g in gradients), strict=True))
+        accumulate(sums, found, clip, margin=margin)
+    return sums
 
 
 class _PatientLoss(nn.Module):

@@ -16,7 +16,8 @@ from polyclinic.common.generators.base import (
     load_trainable_state,
     trainable_state,
 )
-from polyclinic.common.privacy.clipping import ENGINES, loop_sum
+from polyclinic.common.other_engines import loop_sum
+from polyclinic.common.privacy.clipping import ENGINES
 from polyclinic.common.refusals import Refusal
 
 # Relative distance of a tensor from the oracle's: far above rounding, also a GPU's; far below any mistake.

@@ -21,6 +21,7 @@ from polyclinic.common.cost_settings import CostSettings
 from polyclinic.common.evaluation_settings import EvaluationSettings
 from polyclinic.common.files import canonical_json
 from polyclinic.common.refusals import BadInput
+from polyclinic.common.release_settings import ReleaseSettings
 from polyclinic.common.settings import (
     DataSettings,
     FederationSettings,
@@ -49,6 +50,7 @@ class Study(Section):
     reference: ReferenceSettings = ReferenceSettings()
     evaluation: EvaluationSettings
     cost: CostSettings = CostSettings()
+    releases: ReleaseSettings = ReleaseSettings()
     simulation: SimulationSettings | None = None
 
     @model_validator(mode="after")
@@ -102,6 +104,26 @@ class Study(Section):
         return peak * 0.5 * (1 + math.cos(math.pi * step / self.total_steps))
 
 
+class PublicScale(Section):
+    """What the sites' extra releases measure with; computed from the public reference and from nothing else.
+
+    Attributes:
+        extractor: SHA-256 of the frozen image feature extractor.
+        bandwidth: Of DP-CMMD's Gaussian kernel: median distance between features of different patients.
+        near_features: A smaller feature distance is a near copy.
+        near_pixels: A smaller distance of aligned pixels is a near copy.
+        alpha: Chance that an image which nobody trained on is found near, by either distance.
+        targets: Images that such an image was compared with for these thresholds.
+    """
+
+    extractor: str
+    bandwidth: float
+    near_features: float
+    near_pixels: float
+    alpha: float
+    targets: int
+
+
 class Resolved(Section):
     """A study with the hashes of everything public it stands on. Its own hash names the run.
 
@@ -109,6 +131,7 @@ class Resolved(Section):
         base_hash: Hash of VAE and text encoder (weights and configuration).
         start_hash: Hash of the trainable state of round 0.
         reference_hash: Hash of the coordinator's reference table.
+        public: Scales of the extra releases; None where the study asks for none.
     """
 
     study: Study
@@ -116,6 +139,7 @@ class Resolved(Section):
     base_hash: str
     start_hash: str
     reference_hash: str
+    public: PublicScale | None = None
 
     @property
     def hash(self) -> str:

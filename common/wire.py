@@ -1,8 +1,9 @@
 """What leaves a site: stored replies <-> Flower records, in a closed schema (PRIVACY.md, rule 12).
 
 Up: the noised difference, the audit tap's sums where the study has a tap, and the fields of `ReplyFacts`,
-all of them public parameters. Both ways: the SHA-256 of every tensor's bytes. What comes down, and how
-either side reads a message, is in `wire_reading.py`; anything else is refused there.
+all of them public parameters; once a study, a noisy sum and `ReleaseFacts`. Both ways: the SHA-256 of
+every tensor's bytes. What comes down, and how either side reads a message, is in `wire_reading.py`;
+anything else is refused there.
 
 States and differences are written as the approved study's `federation.transport` says, and read as it
 says, never as a message says. int8 sends a difference as 8-bit steps and a scale a row; what rounding
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -25,7 +26,8 @@ from torch import Tensor
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.settings import Transport
 
-DIFFERENCE, TAP, FACTS, HASHES = "difference", "tap", "facts", "hashes"
+DIFFERENCE, TAP, SUM, FACTS, HASHES = "difference", "tap", "sum", "facts", "hashes"
+RELEASE = f"{SUM}/release"  # the one tensor of an extra release
 # Also what the names in these parts begin with; no parameter's name has the slash that follows.
 SCALE, RESIDUAL = "scale", "residual"
 
@@ -62,10 +64,41 @@ class ReplyFacts:
     flops: float = said("operations of the expected batch, from public numbers; not what was measured")
 
 
+@dataclass(frozen=True)
+class ReleaseFacts:
+    """Every field that leaves a site with an extra release: public, but for a person's own word."""
+
+    release: str = said("which release: fidelity (a noisy sum of image features) or gate (a person's word)")
+    verdict: str = said("gate: released or not released, as a person here decided, never why")
+    model: str = said("gate: hash of the final generator that was looked at")
+    sigma: float = said("strength of the noise, in units of the bound below; 0: no sum, or not private")
+    bound: float = said("most that one patient can add to the sum; 0: no sum")
+    tau: float = said("margin for rounding errors: every patient's part was scaled by 1 / (1 + tau)")
+    epsilon: float = said("privacy spent in this study so far; infinite: not private")
+    delta: float = said("chance that the guarantee may fail")
+    code_version: str = said("release of Polyclinic here")
+    study_hash: str = said("hash of the study")
+    approval: str = said("random number of this approval")
+    ledger_sequence: int = said("number of the ledger's line for the release; 0: no sum")
+    ledger_hash: str = said("salted hash of that line")
+
+
+Facts = TypeVar("Facts", ReplyFacts, ReleaseFacts)
+
+
 def reply_records(stored: bytes) -> RecordDict:
     """Pack a stored reply, and only a stored reply, for the way up; its residual stays."""
-    parts, facts = sort_stored(stored)
-    packed = {part: pack(parts[part]) for part in (DIFFERENCE, SCALE, TAP) if part in parts}
+    return _records(stored, ReplyFacts)
+
+
+def release_records(stored: bytes) -> RecordDict:
+    """Pack a stored extra release, and only a stored one, for the way up."""
+    return _records(stored, ReleaseFacts)
+
+
+def _records(stored: bytes, kind: type[Facts]) -> RecordDict:
+    parts, facts = sort_stored(stored, kind)
+    packed = {part: pack(parts[part]) for part in (DIFFERENCE, SCALE, TAP, SUM) if part in parts}
     hashes = {name: value for _, found in packed.values() for name, value in found.items()}
     sent = {part: tensors for part, (tensors, _) in packed.items()}
     return RecordDict({**sent, FACTS: ConfigRecord(asdict(facts)), HASHES: ConfigRecord(hashes)})
@@ -93,9 +126,14 @@ def pack_reply(
     return save(tensors, metadata={FACTS: json.dumps(asdict(facts))})
 
 
+def pack_release(total: Tensor | None, facts: ReleaseFacts) -> bytes:
+    """Serialize an extra release for the site's store: the noisy sum, if there is one, and its facts."""
+    return save({} if total is None else {RELEASE: total}, metadata={FACTS: json.dumps(asdict(facts))})
+
+
 def unpack_residual(stored: bytes) -> Tensors:
     """Read what rounding lost in a stored reply; it never leaves the site."""
-    parts, _ = sort_stored(stored)
+    parts, _ = sort_stored(stored, ReplyFacts)
     return {name.removeprefix(f"{RESIDUAL}/"): tensor for name, tensor in parts.get(RESIDUAL, {}).items()}
 
 
@@ -127,14 +165,14 @@ def encode(name: str, tensor: Tensor, transport: Transport, residual: Tensor | N
     return {name: steps, f"{SCALE}/{name}": scale, f"{RESIDUAL}/{name}": wanted - widen(steps, scale)}
 
 
-def sort_stored(stored: bytes) -> tuple[dict[str, Tensors], ReplyFacts]:
+def sort_stored(stored: bytes, kind: type[Facts]) -> tuple[dict[str, Tensors], Facts]:
     """Sort a stored reply's tensors into the parts that their names begin with."""
     header = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
     parts: dict[str, Tensors] = {}
     for name, tensor in load(stored).items():
         part, slash, _ = name.partition("/")
         parts.setdefault(part if slash else DIFFERENCE, {})[name] = tensor
-    return parts, ReplyFacts(**json.loads(header["__metadata__"][FACTS]))
+    return parts, kind(**json.loads(header["__metadata__"][FACTS]))
 
 
 def pack(tensors: Tensors) -> tuple[ArrayRecord, dict[str, str]]:

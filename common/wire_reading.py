@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from polyclinic.common.generators.base import Tensors
@@ -23,10 +23,14 @@ from polyclinic.common.refusals import Refusal
 from polyclinic.common.settings import Transport
 from polyclinic.common.wire import (
     DIFFERENCE,
+    FACTS,
     FILE,
     HASHES,
+    RELEASE,
     SCALE,
+    SUM,
     TAP,
+    ReleaseFacts,
     ReplyFacts,
     encode,
     pack,
@@ -54,6 +58,19 @@ class RoundOrder:
     """
 
     round: int
+    study_hash: str
+
+
+@dataclass(frozen=True)
+class ReleaseOrder:
+    """What the server asks for beside rounds.
+
+    Attributes:
+        release: `fidelity` or `gate`.
+        study_hash: Names the approved study.
+    """
+
+    release: str
     study_hash: str
 
 
@@ -88,6 +105,46 @@ def read_order(content: RecordDict) -> tuple[RoundOrder, Callable[[Transport], T
     return parse(RoundOrder, content[ROUND]), state
 
 
+def release_order(order: ReleaseOrder) -> RecordDict:
+    """Pack the question for an extra release."""
+    return RecordDict({SUM: ConfigRecord(asdict(order))})
+
+
+def read_release_order(content: RecordDict) -> ReleaseOrder:
+    """Unpack it at a site.
+
+    Raises:
+        Refusal: `bad-message` for other fields or types.
+    """
+    if set(content) != {SUM}:
+        raise Refusal("bad-message", f"records {sorted(content)}")
+    return parse(ReleaseOrder, content[SUM])
+
+
+def read_release(content: RecordDict, length: int) -> tuple[Tensor | None, ReleaseFacts]:
+    """Unpack an extra release at the server.
+
+    Args:
+        content: What a site sent.
+        length: Numbers in its sum, where it has one.
+
+    Raises:
+        Refusal: `bad-message`, `bad-state` or `hash-mismatch`.
+    """
+    named = [SUM] if SUM in content else []
+    if set(content) != {FACTS, HASHES, *named}:
+        raise Refusal("bad-message", f"records {sorted(content)}")
+    facts = parse(ReleaseFacts, content[FACTS])
+    parts = parts_of(content, named)
+    if not named:
+        return None, facts
+    if set(parts[SUM].tensors) != {RELEASE}:
+        raise Refusal("bad-state", f"tensors {sorted(parts[SUM].tensors)}")
+    total = parts[SUM].decode(RELEASE, "fp32")
+    check_like({RELEASE: total}, {RELEASE: torch.empty(length)})
+    return total, facts
+
+
 def check_like(tensors: Tensors, like: Tensors) -> None:
     """Refuse tensors whose names, shapes or types are not `like`'s, or that are not finite."""
     if tensors.keys() != like.keys():
@@ -101,13 +158,34 @@ def check_like(tensors: Tensors, like: Tensors) -> None:
 
 def unpack_reply(stored: bytes) -> Reply:
     """Read a stored reply, decoded."""
-    parts, facts = sort_stored(stored)
+    parts, facts = sort_stored(stored, ReplyFacts)
     scales = parts.get(SCALE, {})
     difference = {
         name: widen(tensor, scales[f"{SCALE}/{name}"]) if scales else tensor.float()
         for name, tensor in parts[DIFFERENCE].items()
     }
     return Reply(difference, facts, parts.get(TAP, {}))
+
+
+def echoed(stored: bytes) -> tuple[int, str]:
+    """Number and hash of the ledger's line that a stored reply or extra release echoes."""
+    header = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
+    facts = json.loads(header["__metadata__"][FACTS])
+    return int(facts["ledger_sequence"]), str(facts["ledger_hash"])
+
+
+def digest(content: RecordDict) -> tuple[str, int]:
+    """SHA-256 over every entry's name, type and bytes, in the order of names; and the number of bytes."""
+    total, size = sha256(), 0
+    for name, record in sorted(content.items()):
+        for key, value in sorted(record.items()):
+            plain = not isinstance(value, Array)
+            kind = "" if plain else f"{value.stype}|{value.dtype}|{tuple(value.shape)}"
+            data = repr(value).encode() if plain else value.data
+            total.update(f"{name}/{key}|{kind}|{len(data)}\n".encode())
+            total.update(data)
+            size += len(data)
+    return total.hexdigest(), size
 
 
 class Stored(NamedTuple):

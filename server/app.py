@@ -16,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from polyclinic.common.study import Resolved
 from polyclinic.server.checkpoints import Checkpoint
+from polyclinic.server.collect import collect
 from polyclinic.server.link import Names, registered_names
 from polyclinic.server.node import PROBE
 from polyclinic.server.provisioning import enrolled
@@ -39,7 +40,8 @@ def make_app(
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        run_rounds(grid, load_resolved(run_dir), run_dir, names=names, after_round=after_round)
+        resolved = load_resolved(run_dir)
+        run_rounds(grid, resolved, run_dir, names=names, after_round=after_round, finish=collect)
 
     return app
 
@@ -71,7 +73,9 @@ def main(grid: Grid, context: Context) -> None:
         return set(expected) - enrolled(home).keys()
 
     with (run_dir / "server.log").open("a", encoding="utf-8") as log, redirect_stderr(_Tee(sys.stderr, log)):
-        run_rounds(grid, load_resolved(run_dir), run_dir, expected=expected, withdrawn=withdrawn)
+        run_rounds(
+            grid, load_resolved(run_dir), run_dir, expected=expected, withdrawn=withdrawn, finish=collect
+        )
 
 
 class _Tee:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.common.cost import Meter, append_cost, read_costs
-from polyclinic.common.data.cache import snapshot_hash
+from polyclinic.common.data.pixels import snapshot_hash
 from polyclinic.common.device import pick_device
 from polyclinic.common.files import canonical_json
 from polyclinic.common.generators.base import BaseFiles, Tensors, load_family, load_weights, trainable_state
 from polyclinic.common.generators.public import hash_base, hash_source, hash_state, resolve
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Resolved, Study
+from polyclinic.server.evaluation.features import FeatureStore
+from polyclinic.server.evaluation.federated import public_scale
 from polyclinic.server.evaluation.ready import check_evaluation
 from polyclinic.server.pretrain import pretrain_generator, pretrain_vae
 from polyclinic.server.reference import Reference
@@ -72,6 +74,9 @@ def prepare_base(home: Path, study: Study, reference: Reference) -> Base:
         base_hash=hash_base(vae, text, generator.max_tokens, frozen),
         start_hash=hash_state(start),
         reference_hash=reference.hash,
+        public=public_scale(
+            study, reference, FeatureStore(home / "features", study.data.image_size, study.data.fit)
+        ),
     )
     costs = [line for part in (vae, path) if part for line in _read_cost(home, part)]
     return Base(BaseFiles(vae=vae.resolve(), frozen=frozen and frozen.resolve()), start, resolved, costs)

@@ -95,7 +95,8 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from polyclinic.server.evaluation.judge import picture, sample, write_picture
+    from polyclinic.common.drawing import sample
+    from polyclinic.server.evaluation.judge import picture, write_picture
     from polyclinic.server.release import open_generator
 
     if arguments.n < 1:

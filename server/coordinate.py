@@ -14,6 +14,7 @@ from polyclinic.common.study import Resolved, Study, differences
 from polyclinic.server import node
 from polyclinic.server.base import prepare_base
 from polyclinic.server.checkpoints import load_record, rounds_done
+from polyclinic.server.collect import missing
 from polyclinic.server.evaluation.judge import Judge
 from polyclinic.server.kits import read_run
 from polyclinic.server.progress_file import Progress, read_progress
@@ -64,7 +65,7 @@ def run_study(home: Path, study: Study, reference: Reference, *, resume: bool, d
     running = running_attempt(home, run_dir)
     if running:
         say(f"{run_dir.name} is running already; following it")
-    elif not done or done[-1] < study.training.rounds:
+    elif not done or done[-1] < study.training.rounds or missing(base.resolved, run_dir, expected):
         open_run_folder(run_dir, base)
         write_json_atomic(run_dir / "sites.json", sorted(expected))
         (run_dir / "progress.json").unlink(missing_ok=True)

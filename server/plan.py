@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from polyclinic.common.calibration import calibrate
+from polyclinic.common.calibration import study_noise
 from polyclinic.common.cost import count_flops, view_flops
 from polyclinic.common.features.load import check_extractors
 from polyclinic.common.generators.base import Family, load_family, trainable
 from polyclinic.common.generators.public import is_hub_id, resolve
-from polyclinic.common.privacy.accounting import claim, epsilon_pld, epsilon_rdp
+from polyclinic.common.privacy.accounting import History, claim, epsilon_pld, epsilon_rdp
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.settings import SimulatedSite
 from polyclinic.common.study import Study
@@ -282,8 +282,7 @@ def local_vae(study: Study, source: str) -> Path | None:
 
 
 @lru_cache(maxsize=64)
-def _cross_checks(sigma: float, rate: float, steps: int, delta: float) -> tuple[float, float]:
-    history = ((sigma, rate, steps),)
+def _cross_checks(history: History, delta: float) -> tuple[float, float]:
     return epsilon_pld(history, delta), epsilon_rdp(history, delta)
 
 
@@ -294,17 +293,17 @@ def _sites(study: Study, patient_flops: float) -> list[SitePlan]:
 
 
 def _site(name: str, site: SimulatedSite | None, study: Study, patient_flops: float) -> SitePlan:
-    privacy, steps = study.privacy, study.total_steps
+    privacy = study.privacy
     out = SitePlan(name=name)
     if privacy.enabled:
         # As a site's approval does: the smaller of the study's epsilon and the site's own cap.
         target = privacy.epsilon if site is None else min(privacy.epsilon, site.epsilon_cap)
-        sigma = calibrate(target, privacy.delta, privacy.sampling_rate, steps)
-        pld, rdp = _cross_checks(sigma, privacy.sampling_rate, steps, privacy.delta)
+        sigma, _, history = study_noise(study, target)
+        pld, rdp = _cross_checks(history, privacy.delta)
         out = SitePlan(
             name=name,
             sigma=sigma,
-            epsilon=claim(((sigma, privacy.sampling_rate, steps),), privacy.delta),
+            epsilon=claim(history, privacy.delta),
             epsilon_pld=pld,
             epsilon_rdp=rdp,
             delta=privacy.delta,

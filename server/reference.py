@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from polyclinic.common.data.cache import snapshot_hash
 from polyclinic.common.data.holdout import part_of
+from polyclinic.common.data.pixels import snapshot_hash
 from polyclinic.common.data.sources import read_records, reference_settings
 from polyclinic.common.data.table import Record
 from polyclinic.common.refusals import BadInput

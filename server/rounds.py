@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 from flwr.app import Message, MessageType
 from flwr.common.constant import ErrorCode
@@ -60,6 +61,22 @@ ASK_AGAIN = {
 }
 
 
+class Finish(Protocol):
+    """What is asked of the sites after the last round (`collect.py`)."""
+
+    def __call__(
+        self,
+        grid: Grid,
+        resolved: Resolved,
+        run_dir: Path,
+        board: Board,
+        *,
+        names: Names,
+        expected: Sequence[str],
+    ) -> None:
+        """Ask, and keep what comes in the run's folder."""
+
+
 def run_rounds(
     grid: Grid,
     resolved: Resolved,
@@ -69,6 +86,7 @@ def run_rounds(
     after_round: Callable[[Checkpoint], None] = lambda _: None,
     expected: Sequence[str] | None = None,
     withdrawn: Callable[[], Collection[str]] = tuple,
+    finish: Finish | None = None,
 ) -> None:
     """Run every round that has no checkpoint yet, and keep `progress.json` up to date.
 
@@ -82,6 +100,7 @@ def run_rounds(
         expected: Sites that should take part: a round waits for them until its deadline and names those
             that never came. Others that come are asked, too. Default: a simulation's sites, or none.
         withdrawn: Gives the sites that were put out since; an open round does not wait for them either.
+        finish: Called after the last round, while `progress.json` still says that the run goes on.
 
     Raises:
         Refusal: `too-few-replies` where a round cannot be released.
@@ -107,6 +126,8 @@ def run_rounds(
                 clear_spool(run_dir)
             board.close(checkpoint.record)
             after_round(checkpoint)
+        if finish is not None:
+            finish(grid, resolved, run_dir, board, names=names, expected=expected)
 
 
 def run_round(

@@ -19,9 +19,11 @@ from polyclinic.server.checkpoints import (
     load_taps,
     rounds_done,
 )
+from polyclinic.server.collect import FIDELITY, read_gates, read_sums
 from polyclinic.server.cost_record import gather
 from polyclinic.server.evaluation.audit import SiteAudit, audit_site
-from polyclinic.server.evaluation.judge import read_judgement, sheet_path
+from polyclinic.server.evaluation.federated import measure_federated
+from polyclinic.server.evaluation.judge import final_path, read_judgement, sheet_path
 from polyclinic.server.plan import Plan, plan
 from polyclinic.server.plan_cost import kept_speed
 from polyclinic.server.report.cost_summary import JUDGING
@@ -104,6 +106,8 @@ def summarise(run_dir: Path, planned: Plan | None = None, settings: CostSettings
         sites=sites,
         rounds=rounds,
         audit=audits(run_dir, resolved, records),
+        federated_fidelity=measure_federated(resolved, read_sums(run_dir, FIDELITY), final_path(run_dir)),
+        gates=read_gates(resolved, run_dir, _names(records)),
         cost=cost,
         forecast=planned.forecast,
         cost_settings=settings,
@@ -174,13 +178,17 @@ def audits(run_dir: Path, resolved: Resolved, records: list[RoundRecord]) -> lis
     return found
 
 
-def _sites(resolved: Resolved, records: list[RoundRecord]) -> list[SiteFacts]:
-    study = resolved.study
-    names = sorted(
+def _names(records: list[RoundRecord]) -> list[str]:
+    """Sites that took part, or should have."""
+    return sorted(
         {site for record in records for site in (*record.replied, *record.refusals, *record.absent)}
     )
+
+
+def _sites(resolved: Resolved, records: list[RoundRecord]) -> list[SiteFacts]:
+    study = resolved.study
     sites = []
-    for name in names:
+    for name in _names(records):
         facts = [record.replied[name] for record in records if name in record.replied]
         last = facts[-1] if facts else {}
         rate = study.privacy.sampling_rate

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from polyclinic.client.app import SIMULATED_SITES
+from polyclinic.client.app import SIMULATED_SITES, answer
 from polyclinic.client.app import app as client_app
-from polyclinic.common.refusals import BadInput
+from polyclinic.common.refusals import BadInput, Refusal
 
 SERVER_NODE = 1
 RUN_ID = 1
@@ -145,6 +145,18 @@ def run_on_ray(app: ServerApp, homes: list[Path], *, cpus: int = 1, gpus: float 
         num_supernodes=len(homes),
         backend_config={"client_resources": {"num_cpus": cpus, "num_gpus": gpus}},
     )
+
+
+@client_app.query("name")
+def name(message: Message, context: Context) -> Message:
+    """Say a simulated site's public name: Ray's nodes are not registered by name. No hospital has this."""
+
+    def work(home: Path, _: Callable[[], bool]) -> RecordDict:
+        if SIMULATED_SITES not in os.environ or "home" in context.node_config:
+            raise Refusal("bad-message")  # a hospital's folder names are its own
+        return RecordDict({"name": ConfigRecord({"site": home.name})})
+
+    return answer(message, context, work)
 
 
 def ask_names(grid: Grid) -> dict[int, str]:

@@ -14,11 +14,12 @@ from polyclinic.client.approval import Approval, prepare_and_approve
 from polyclinic.client.ledger_books import create_ledger
 from polyclinic.common.data.cache import Cached
 from polyclinic.common.data.table import Record
+from polyclinic.common.features.efficientnet import efficientnet
 from polyclinic.common.generators.base import BaseFiles, Tensors, trainable_state
 from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.generators.public import hash_base, resolve
 from polyclinic.common.settings import GeneratorSettings
-from polyclinic.common.study import Resolved, Study, parse_study
+from polyclinic.common.study import PublicScale, Resolved, Study, parse_study
 from polyclinic.common.wire_reading import RoundOrder
 from tests.browser import Browser
 from tests.server.joining import Joining, copied, prepare
@@ -149,6 +150,18 @@ class Site:
 MakeSite = Callable[..., Site]
 
 
+def public_scale() -> PublicScale:
+    """A scale as a coordinator would take it from public images."""
+    return PublicScale(
+        extractor=efficientnet().weights,
+        bandwidth=5.0,
+        near_features=0.2,
+        near_pixels=0.2,
+        alpha=0.01,
+        targets=100,
+    )
+
+
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     """Twelve patients' drawings of 40 px: a disc on a tinted ground."""
@@ -175,7 +188,13 @@ def make_site(tmp_path: Path, tiny_vae: Path, drawn: list[Record], make_study: M
         study = make_study(**tables)
         text = resolve(study.generator.text_encoder, None, "generator.text_encoder")
         base = hash_base(tiny_vae, text, study.generator.max_tokens)
-        resolved = Resolved(study=study, base_hash=base, start_hash="0" * 64, reference_hash="0" * 64)
+        resolved = Resolved(
+            study=study,
+            base_hash=base,
+            start_hash="0" * 64,
+            reference_hash="0" * 64,
+            public=public_scale() if study.releases.epsilons or study.releases.leakage_gate else None,
+        )
         state = trainable_state(Msdm(study.generator, 32, tiny_vae, encoders=False).module)
         return Site(home, resolved, drawn, tiny_vae, state)
 

@@ -8,9 +8,12 @@ redone. A changed image, caption, preprocessing or base is another key.
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from polyclinic.common.data.pixels import digests, load_pixels
 from polyclinic.common.data.table import Record, patients_of
+from polyclinic.common.features.extractor import Extractor
 from polyclinic.common.files import canonical_json, write_atomic, write_json_atomic
 from polyclinic.common.generators.base import Family, Tensors
 from polyclinic.common.progress import track
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
     from polyclinic.common.settings import DataSettings
 
 IMAGES_A_SHARD, PROMPTS_A_SHARD = 64, 256
+FEATURES = "features"
+Encoder = Callable[[list[Any]], Tensors]
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,13 @@ class Cached:
     empty: int
 
 
-def snapshot_hash(records: list[Record], contents: list[str] | None = None) -> str:
-    """Hash a table by content, not by path: patient, image bytes, captions. It never leaves a site."""
-    pairs = zip(records, contents or digests(records), strict=True)
-    rows = sorted([r.patient, content, list(r.captions)] for r, content in pairs)
-    return hashlib.sha256(canonical_json(rows)).hexdigest()
-
-
-def build_cache(records: list[Record], family: Family, data: DataSettings, folder: Path) -> str:
+def build_cache(
+    records: list[Record],
+    family: Family,
+    data: DataSettings,
+    folder: Path,
+    extractor: Extractor | None = None,
+) -> str:
     """Encode what is not encoded yet.
 
     Args:
@@ -65,9 +70,10 @@ def build_cache(records: list[Record], family: Family, data: DataSettings, folde
         family: Loaded with its encoders.
         data: Preprocessing.
         folder: Cache folder; created with mode 0700.
+        extractor: Public image features, where a study asks for them.
 
     Returns:
-        Name of the cache's index, to be given to `load_cache`.
+        Name of the cache's index, to be given to `load_cache` and `load_features`.
 
     Raises:
         BadInput: An image cannot be read, or the disk is full; finished shards stay, nothing is half-written.
@@ -76,35 +82,40 @@ def build_cache(records: list[Record], family: Family, data: DataSettings, folde
     folder.chmod(0o700)
     ordered = [record for group in patients_of(records).values() for record in group]
     captions = sorted({caption for record in ordered for caption in record.captions} | {""})
-    how = f"{family.base_hash}|{data.image_size}|{data.fit}"
     hashes = digests(ordered)
-    image_shards = [
-        (_key("image", how, hashes[i : i + IMAGES_A_SHARD]), ordered[i : i + IMAGES_A_SHARD])
-        for i in range(0, len(ordered), IMAGES_A_SHARD)
-    ]
-    prompt_shards = [
-        (_key("prompt", how, captions[i : i + PROMPTS_A_SHARD]), captions[i : i + PROMPTS_A_SHARD])
-        for i in range(0, len(captions), PROMPTS_A_SHARD)
-    ]
-    with track(f"cache {folder.parent.name}", len(ordered) + len(captions)) as advance:
-        for key, part in image_shards:
-            path = folder / f"{key}.safetensors"
-            if not path.exists():
-                _write(path, family.encode_image(load_pixels(part, data.image_size, data.fit)))
-            advance(len(part))
-        for key, texts in prompt_shards:
-            path = folder / f"{key}.safetensors"
-            if not path.exists():
-                _write(path, family.encode_prompt(texts))
-            advance(len(texts))
+    pixels = partial(load_pixels, size=data.image_size, fit=data.fit)
+    looked = 1 if extractor is None else 2
+    with track(f"cache {folder.parent.name}", looked * len(ordered) + len(captions)) as advance:
+
+        def shards(kind: str, by: str, names: list[str], items: list[Any], encode: Encoder) -> list[str]:
+            keys, size = [], PROMPTS_A_SHARD if kind == "prompt" else IMAGES_A_SHARD
+            for start in range(0, len(items), size):
+                part = slice(start, start + size)
+                keys.append(_key(kind, f"{by}|{data.image_size}|{data.fit}", names[part]))
+                path = folder / f"{keys[-1]}.safetensors"
+                if not path.exists():
+                    _write(path, encode(items[part]))
+                advance(len(items[part]))
+            return keys
+
+        index: dict[str, Any] = {
+            "image_shards": shards(
+                "image", family.base_hash, hashes, ordered, lambda part: family.encode_image(pixels(part))
+            ),
+            "prompt_shards": shards("prompt", family.base_hash, captions, captions, family.encode_prompt),
+        }
+        if extractor is not None:
+            index["feature_shards"] = shards(
+                "feature",
+                extractor.weights,
+                hashes,
+                ordered,
+                lambda part: {FEATURES: extractor.extract(pixels(part) / 2 + 0.5)},
+            )
     row_of = {caption: row for row, caption in enumerate(captions)}
-    index = {
-        "patients": [record.patient for record in ordered],
-        "captions": [[row_of[caption] for caption in record.captions] for record in ordered],
-        "empty": row_of[""],
-        "image_shards": [key for key, _ in image_shards],
-        "prompt_shards": [key for key, _ in prompt_shards],
-    }
+    index["patients"] = [record.patient for record in ordered]
+    index["captions"] = [[row_of[caption] for caption in record.captions] for record in ordered]
+    index["empty"] = row_of[""]
     name = hashlib.sha256(canonical_json(index)).hexdigest()[:32]
     write_json_atomic(folder / f"{name}.json", index, mode=0o600)
     return name
@@ -116,24 +127,34 @@ def load_cache(folder: Path, name: str) -> Cached:
     Raises:
         Refusal: `site-not-ready` where the index or a shard is missing.
     """
-    import json
-
-    path = folder / f"{name}.json"
-    if not path.exists():
-        raise Refusal("site-not-ready", f"no cache index {path}")
-    index = json.loads(path.read_text(encoding="utf-8"))
-    patients = sorted(set(index["patients"]))
-    rows: dict[str, list[int]] = {patient: [] for patient in patients}
-    for row, patient in enumerate(index["patients"]):
-        rows[patient].append(row)
+    index, rows = _index(folder, name)
     return Cached(
-        patients,
-        [rows[patient] for patient in patients],
+        list(rows),
+        list(rows.values()),
         index["captions"],
         _read(folder, index["image_shards"]),
         _read(folder, index["prompt_shards"]),
         index["empty"],
     )
+
+
+def load_features(folder: Path, name: str) -> dict[str, Tensor]:
+    """Read each patient's image features, `[images, d]`; refuses as `load_cache`."""
+    index, rows = _index(folder, name)
+    features = _read(folder, index["feature_shards"])[FEATURES]
+    return {patient: features[own] for patient, own in rows.items()}
+
+
+def _index(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """Read a cache's index, and each patient's rows, patients sorted."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        raise Refusal("site-not-ready", f"no cache index {path}")
+    index = json.loads(path.read_text(encoding="utf-8"))
+    rows: dict[str, list[int]] = {patient: [] for patient in sorted(set(index["patients"]))}
+    for row, patient in enumerate(index["patients"]):
+        rows[patient].append(row)
+    return index, rows
 
 
 def _key(kind: str, how: str, what: list[str]) -> str:

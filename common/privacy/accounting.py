@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from functools import lru_cache
 
+import numpy as np
 from opacus.accountants import PRVAccountant, RDPAccountant
 
 from polyclinic.common.refusals import Refusal
@@ -31,8 +32,11 @@ def epsilon_prv(history: History, delta: float) -> float:
     """Upper end of the PRV accountant's epsilon; its own error is kept under a hundredth of it."""
     accountant = PRVAccountant()
     accountant.history = list(history)
-    coarse = float(accountant.get_epsilon(delta))
-    return coarse if coarse > 1 else float(accountant.get_epsilon(delta, eps_error=max(coarse / 100, 1e-4)))
+    with np.errstate(divide="ignore"):  # log(1 - q) at q = 1, which is not used there
+        coarse = float(accountant.get_epsilon(delta))
+        if coarse <= 1:
+            coarse = float(accountant.get_epsilon(delta, eps_error=max(coarse / 100, 1e-4)))
+    return coarse
 
 
 def epsilon_rdp(history: History, delta: float) -> float:

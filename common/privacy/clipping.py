@@ -1,8 +1,8 @@
 """Per-patient clipping: the bounded sum that noise is added to.
 
 A patient's gradient is that of the mean loss over its K views; all trainable parameters share one norm.
-Every engine gives the same sum. `bookkeeping` takes one ordinary backward pass; `loop` takes one patient
-at a time and is the oracle; the others are there to compare with.
+Every engine gives the same sum. `bookkeeping` takes one ordinary backward pass; the others
+are there to compare with.
 """
 
 from __future__ import annotations
@@ -131,18 +131,6 @@ def patient_losses(family: Family, part: Tensors) -> Tensor:
     return losses.view(patients, views).mean(1)
 
 
-def loop_sum(family: Family, views: Views, clip: float, micro_batch: int = 1) -> Tensors:
-    """Clipped sum over patients, one at a time by plain autograd: the oracle."""
-    parameters = trainable(family.module)
-    sums = zeros(family)
-    margin = tau("loop", compute_dtype(family))
-    for part in micro_batches(views, 1):
-        gradients = torch.autograd.grad(patient_losses(family, part).sum(), list(parameters.values()))
-        found = dict(zip(parameters, (g[None] for g in gradients), strict=True))
-        accumulate(sums, found, clip, margin=margin)
-    return sums
-
-
 def _of(module: str, function: str) -> Clipper:
     """Import an engine when it is first used: bookkeeping builds on this module."""
 
@@ -155,7 +143,7 @@ def _of(module: str, function: str) -> Clipper:
 
 ENGINES: dict[str, Clipper] = {
     "bookkeeping": _of("polyclinic.common.privacy.bookkeeping", "bookkeeping_sum"),
-    "loop": loop_sum,
+    "loop": _of("polyclinic.common.other_engines", "loop_sum"),
     "vmap": _of("polyclinic.common.other_engines", "vmap_sum"),
     "hooks": _of("polyclinic.common.other_engines", "hooks_sum"),
     "ghost": _of("polyclinic.common.other_engines", "ghost_sum"),

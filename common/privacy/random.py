@@ -43,6 +43,11 @@ class KeyedRandom:
         return KeyedRandom(secrets.token_bytes(32))
 
     @staticmethod
+    def for_attempt(test_key: str | None, site: str, number: int) -> KeyedRandom:
+        """A fresh key; where the study names a test key, and so is not private, that one's."""
+        return KeyedRandom.for_test(test_key, site, number) if test_key else KeyedRandom.from_os()
+
+    @staticmethod
     def for_test(test_key: str, site: str, round_number: int) -> KeyedRandom:
         """A fixed key, for simulations whose own policy allows it; such runs are NOT PRIVATE."""
         return KeyedRandom(hashlib.sha256(f"{test_key}|{site}|{round_number}".encode()).digest())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +12,14 @@ from torch import Tensor
 
 from polyclinic.common.cost import Meter, append_cost
 from polyclinic.common.device import pick_device
+from polyclinic.common.drawing import sample
+from polyclinic.common.features.efficientnet import efficientnet
 from polyclinic.common.files import naming_full_disk, write_atomic
-from polyclinic.common.generators.base import BaseFiles, Family, Tensors, in_batches, load_family
-from polyclinic.common.progress import track
+from polyclinic.common.generators.base import BaseFiles, Family, Tensors, load_family
 from polyclinic.common.study import Resolved
 from polyclinic.server.checkpoints import Checkpoint, load_checkpoint, rounds_done
 from polyclinic.server.evaluation.features import FeatureStore
+from polyclinic.server.evaluation.federated import keep_final
 from polyclinic.server.evaluation.measure import Judgement, drawn_for, measure
 from polyclinic.server.reference import Reference
 
@@ -64,6 +64,8 @@ class Judge:
         with Meter(self._device) as judging:
             drawn = drawn_for(self.study, images)
             judgement = measure(number, drawn, self.reference, self.study, self._store)
+            if self.resolved.public is not None and number == self.study.training.rounds:
+                keep_final(final_path(self.run_dir), self._store.of_images(efficientnet(), images))
         draws = self.study.evaluation.draws
         _write_sheet(sheet_path(self.run_dir, number), images, draws, judgement.columns)
         path = judgement_path(self.run_dir, number)
@@ -92,49 +94,17 @@ class Judge:
         return pick_device(self.study.training.device)
 
 
-def sample(family: Family, study: Any, wanted: list[tuple[str, int]], label: str) -> Tensor:
-    """Draw images through the family's own pipeline.
-
-    Args:
-        family: Loaded with its encoders and the state to sample from.
-        study: Gives the sampling settings.
-        wanted: Prompt and draw number of each image; an image depends on nothing else.
-        label: What the progress bar says.
-
-    Returns:
-        `[N, 3, H, W]` in [0, 1], on the CPU.
-    """
-    settings, size = study.evaluation, study.data.image_size
-    pipeline = family.pipeline()
-    images: list[Tensor] = []
-    with track(label, len(wanted)) as advance, torch.no_grad():
-        for batch in in_batches(wanted, settings.batch_size):
-            seeds = [
-                hashlib.sha256(f"{settings.seed}|{text}|{draw}".encode()).digest() for text, draw in batch
-            ]
-            generators = [torch.Generator().manual_seed(int.from_bytes(s[:7], "big")) for s in seeds]
-            output = pipeline(
-                prompt=[text for text, _ in batch],
-                height=size,
-                width=size,
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance,
-                eta=settings.eta,
-                generator=generators,
-                output_type="pt",
-            )
-            # What is judged is what is delivered, 8 bits a channel, as the reference's images are.
-            images.append((output.images.float().cpu() * 255).round() / 255)
-            advance(len(batch))
-    return torch.cat(images)
-
-
 def load_state(family: Family, state: Tensors) -> None:
     """Put a trainable state into a family, whatever part of it trains."""
     parameters = dict(family.module.named_parameters())
     with torch.no_grad():
         for name, tensor in state.items():
             parameters[name].copy_(tensor)
+
+
+def final_path(run_dir: Path) -> Path:
+    """Features of the last round's images, for what the sites' sums are compared with."""
+    return run_dir / "releases" / "final.safetensors"
 
 
 def sheet_path(run_dir: Path, number: int) -> Path:

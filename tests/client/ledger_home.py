@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from polyclinic.client.ledger import Ledger, read_lines
+from polyclinic.client.ledger import Ledger
 from polyclinic.client.ledger_books import Books, create_ledger, open_books
+from polyclinic.client.ledger_chain import read_lines
 from polyclinic.common.wire import ReplyFacts, pack_reply
 
 # A reply's facts, of which only the head that they echo matters here.
@@ -54,7 +55,7 @@ def earmark(
 
 
 def reserve(ledger: Ledger, number: int, **changes: Any) -> Any:
-    values = {"approval": "a", "round_number": number, "state": STATE, "sigma": SIGMA, "rate": RATE}
+    values = {"approval": "a", "item": number, "state": STATE, "sigma": SIGMA, "rate": RATE}
     return ledger.reserve(**{**values, "steps": STEPS, "tau": 1e-4, **changes})
 
 

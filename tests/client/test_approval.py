@@ -9,8 +9,8 @@ import pytest
 
 from polyclinic.client import approval as approvals
 from polyclinic.client.approval import code_hash, find_approval, require_approval
-from polyclinic.client.ledger import read_lines
 from polyclinic.client.ledger_books import open_books
+from polyclinic.client.ledger_chain import read_lines
 from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.refusals import BadInput, Refusal
 

@@ -21,9 +21,9 @@ from polyclinic.client.approval_terms import FIELDS, PARTS
 from polyclinic.client.binding import dependencies
 from polyclinic.client.cli import main
 from polyclinic.client.journal_view import read_journal
-from polyclinic.client.ledger import read_lines
 from polyclinic.client.ledger_books import open_books
-from polyclinic.common.data.cache import snapshot_hash
+from polyclinic.client.ledger_chain import read_lines
+from polyclinic.common.data.pixels import snapshot_hash
 from polyclinic.common.generators.base import BaseFiles
 from polyclinic.common.kit import BASE_INDEX
 from polyclinic.common.refusals import REASONS, BadInput, Refusal

@@ -9,8 +9,8 @@ import pytest
 
 from polyclinic.client.cli import main as client
 from polyclinic.client.enrolment import enrolment_facts, expiry_warning, init, install_certificate
-from polyclinic.client.ledger import read_lines
 from polyclinic.client.ledger_books import create_ledger
+from polyclinic.client.ledger_chain import read_lines
 from polyclinic.client.policy import load_policy
 from polyclinic.common.certificates import (
     certificate_key,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from polyclinic.client.enrolment import expiry_warning
-from polyclinic.client.ledger import read_lines
+from polyclinic.client.ledger_chain import read_lines
 from polyclinic.common.data.table import Record
 from polyclinic.server.provisioning import reissue
 from tests.client.ledger_home import in_child, kill_at_flush, wait_for

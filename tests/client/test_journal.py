@@ -18,7 +18,7 @@ from polyclinic.client.app import app
 from polyclinic.client.cli import main
 from polyclinic.client.journal import note
 from polyclinic.client.journal_view import read_journal
-from polyclinic.client.ledger import read_lines
+from polyclinic.client.ledger_chain import read_lines
 from polyclinic.common.refusals import REASONS, Refusal
 from polyclinic.common.wire_reading import order_records
 from tests.client.ledger_home import in_child, kill_at_flush, wait_for

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.client.ledger import read_lines
 from polyclinic.client.ledger_books import open_books
+from polyclinic.client.ledger_chain import read_lines
 from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.refusals import Refusal
 from tests.client.ledger_home import RATE, SIGMA, STATE, STEPS, answer, earmark, kinds, new, reserve

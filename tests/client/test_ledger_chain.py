@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from polyclinic.client.ledger import open_ledger, read_lines
+from polyclinic.client.ledger import open_ledger
 from polyclinic.client.ledger_books import create_ledger
+from polyclinic.client.ledger_chain import read_lines
 from polyclinic.client.ledger_view import rewrite_head
 from polyclinic.common.chain import line_hash
 from polyclinic.common.files import canonical_json

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.client.ledger import open_ledger, read_lines
+from polyclinic.client.ledger import open_ledger
 from polyclinic.client.ledger_books import create_ledger
+from polyclinic.client.ledger_chain import read_lines
 from polyclinic.common.refusals import BadInput, Refusal
 from tests.client.ledger_home import STEPS, answer, in_child, kill_at_flush, kinds, new, reserve, wait_for
 

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 from polyclinic.client.approval import prepare_and_approve
-from polyclinic.client.ledger import read_lines
 from polyclinic.client.ledger_books import open_books
+from polyclinic.client.ledger_chain import read_lines
 from polyclinic.client.training import answer_round
 from polyclinic.common.generators.base import BaseFiles, trainable_state
 from polyclinic.common.generators.msdm import Msdm

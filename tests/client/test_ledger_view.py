@@ -11,8 +11,8 @@ import pytest
 
 from polyclinic.client.approval import prepare_and_approve
 from polyclinic.client.cli import main
-from polyclinic.client.ledger import read_lines
 from polyclinic.client.ledger_books import create_ledger, open_books
+from polyclinic.client.ledger_chain import read_lines
 from polyclinic.client.ledger_view import export, spending, svg, verify, words
 from polyclinic.common.chain import GENESIS, line_hash
 from polyclinic.common.files import canonical_json
@@ -278,9 +278,7 @@ def test_hard_stop_at_both_caps_over_several_studies(make_site: Any) -> None:
     with pytest.raises(Refusal, match=r"1003 budget-exhausted.*caps 22\.00"):
         study(3)
     with open_books(site.home) as ledger:
-        ledger.reserve(
-            approval=first.id, round_number=1, state=STATE, sigma=first.sigma, rate=0.5, steps=2, tau=0.0
-        )
+        ledger.reserve(approval=first.id, item=1, state=STATE, sigma=first.sigma, rate=0.5, steps=2, tau=0.0)
         ledger.close(first.id)
         spent = claim(((first.sigma, 0.5, 2),), 4e-3)
         assert ledger.committed() == pytest.approx((spent + second.epsilon, 8e-3))

@@ -13,11 +13,13 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+import polyclinic.simulation.grid  # noqa: F401 - adds what only a simulated site answers
 from polyclinic.client import launcher, training
 from polyclinic.client.app import SIMULATED_SITES, app
 from polyclinic.client.journal_view import read_journal
-from polyclinic.client.ledger import open_ledger, read_lines
+from polyclinic.client.ledger import open_ledger
 from polyclinic.client.ledger_books import open_books
+from polyclinic.client.ledger_chain import read_lines
 from polyclinic.client.training import answer_round
 from polyclinic.common.files import canonical_json, sha256_file
 from polyclinic.common.generators.base import Tensors

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from polyclinic.client import training
-from polyclinic.client.ledger import read_lines
+from polyclinic.client.ledger_chain import read_lines
 from polyclinic.client.training import answer_round
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.generators.public import hash_state

@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from polyclinic.common.data import cache
-from polyclinic.common.data.cache import Cached, build_cache, load_cache, snapshot_hash
+from polyclinic.common.data.cache import Cached, build_cache, load_cache
 from polyclinic.common.data.images import open_image
+from polyclinic.common.data.pixels import snapshot_hash
 from polyclinic.common.data.preprocess import preprocess
 from polyclinic.common.data.table import Record
 from polyclinic.common.generators.msdm import Msdm

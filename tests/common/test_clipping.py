@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from polyclinic.common.data.cache import Cached
 from polyclinic.common.generators.base import Family, Tensors, Views, trainable
 from polyclinic.common.generators.msdm import Msdm
-from polyclinic.common.other_engines import vmap_sum
+from polyclinic.common.other_engines import loop_sum, vmap_sum
 from polyclinic.common.privacy.bookkeeping import bookkeeping_sum
-from polyclinic.common.privacy.clipping import TAU, clip_factors, loop_sum
+from polyclinic.common.privacy.clipping import TAU, clip_factors
 from polyclinic.common.privacy.random import KeyedRandom
 from polyclinic.common.privacy.views import draw_views
 

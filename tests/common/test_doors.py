@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from polyclinic.common.data.cache import snapshot_hash
 from polyclinic.common.data.images import image_digest, open_image
+from polyclinic.common.data.pixels import snapshot_hash
 from polyclinic.common.data.sources import read_records, read_table
 from polyclinic.common.data.table import patients_of
 from polyclinic.common.refusals import BadInput

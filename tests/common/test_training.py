@@ -11,8 +11,8 @@ from polyclinic.common.data.cache import Cached
 from polyclinic.common.device import pick_device
 from polyclinic.common.generators.base import Tensors, Views, trainable, trainable_state
 from polyclinic.common.generators.msdm import Msdm
+from polyclinic.common.other_engines import loop_sum
 from polyclinic.common.plain_engine import PlainEngine
-from polyclinic.common.privacy.clipping import loop_sum
 from polyclinic.common.privacy.random import KeyedRandom
 from polyclinic.common.privacy.views import draw_views, poisson_sample
 from polyclinic.common.refusals import BadInput

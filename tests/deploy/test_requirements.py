@@ -56,7 +56,7 @@ def test_versions_are_the_tested_ones(role: str) -> None:
 
 def test_a_hospital_gets_what_it_needs_and_no_more() -> None:
     assert set(locked("hospital")) >= closure("client")
-    assert not set(locked("hospital")) & {"matplotlib", "ray", "pytest", "efficientnet-lite-pytorch"}
+    assert not set(locked("hospital")) & {"matplotlib", "ray", "pytest"}
 
 
 def test_the_coordinator_adds_what_its_extra_needs() -> None:

@@ -22,7 +22,7 @@ import polyclinic.client.app as site
 from polyclinic.client import launcher, training
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.settings import Transport
-from polyclinic.common.wire_reading import RoundOrder, order_records, read_order
+from polyclinic.common.wire_reading import RoundOrder, digest, order_records, read_order
 
 ROOM = 300_000  # bytes that a full disk still has: enough for the journal, not for a reply
 
@@ -63,7 +63,7 @@ def replayed(app: Callable[..., Message], message: Message, context: Context, ho
         return other
 
     def said(reply: Message) -> str:
-        return str(reply.error.code) if reply.has_error() else site._measure(reply.content)[0]
+        return str(reply.error.code) if reply.has_error() else digest(reply.content)[0]
 
     heard = {"future": said(app(at(600), context)), "past": said(app(at(-86400), context))}
     answer = app(message, context)

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from polyclinic.client.approval import find_approval
-from polyclinic.client.ledger import read_lines
+from polyclinic.client.ledger_chain import read_lines
 from polyclinic.server.app import load_resolved
 from polyclinic.server.report.costs import merged, total
 from polyclinic.server.report.html import read_metrics

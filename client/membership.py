@@ -1,0 +1,129 @@
+"""Can the final generator tell who was trained on? A site's own test; its result never leaves.
+
+The loss-threshold attack (Yeom et al. 2018, 1709.01604) at matched noise levels (Carlini et al. 2023,
+2301.13188): every patient is noised with the same draws at the same levels, and who has the smaller loss is
+guessed to be trained on. An AUC near 0.5 does not prove that no attack works; one far above is a finding.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from scipy import stats
+from torch import Tensor
+
+from polyclinic.common.data.cache import Cached
+from polyclinic.common.generators.base import Family, Views
+from polyclinic.common.progress import track
+
+LEVELS, DRAWS = 8, 2
+FEWEST = 5  # patients on either side
+RESAMPLES = 2000
+ALARM = 1e-3  # chance of a false alarm
+
+
+class Membership(BaseModel):
+    """What the test found.
+
+    Attributes:
+        auc: Chance that a patient who was trained on has the smaller loss than one who was not.
+        low: Lower end of a 95 % bootstrap interval over patients.
+        high: Upper end.
+        chance: Of so large an AUC if training left no trace (Mann-Whitney, one-sided).
+        trained: Patients trained on.
+        held_out: Patients kept out.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    auc: float
+    low: float
+    high: float
+    chance: float
+    trained: int
+    held_out: int
+
+    @property
+    def alarming(self) -> bool:
+        """Whether a trace is there beyond reasonable doubt."""
+        return self.chance < ALARM
+
+
+def membership_test(family: Family, trained: Cached, held_out: Cached) -> Membership | None:
+    """Compare losses of patients who were trained on with those of patients who were not.
+
+    Args:
+        family: With the final state.
+        trained: Cache of the patients that were trained on.
+        held_out: Cache of those that were not.
+
+    Returns:
+        None where one side has fewer than five patients.
+    """
+    if min(len(trained.patients), len(held_out.patients)) < FEWEST:
+        return None
+    losses = torch.cat([patient_losses(family, cached) for cached in (trained, held_out)])
+    # Levels differ in size and spread: each counts the same.
+    spread = losses.std(0).clamp_min(1e-12)
+    scores = -((losses - losses.mean(0)) / spread).mean(1)
+    return compare(scores[: len(trained.patients)], scores[len(trained.patients) :])
+
+
+def compare(trained: Tensor, held_out: Tensor) -> Membership:
+    """AUC of two groups' scores, with a bootstrap interval over patients.
+
+    Args:
+        trained: `[n]`, larger where the guess is "trained on".
+        held_out: `[m]`.
+    """
+    wins = (trained[:, None] > held_out[None]).double() + 0.5 * (trained[:, None] == held_out[None]).double()
+    generator = torch.Generator().manual_seed(0)
+    n, m = len(trained), len(held_out)
+    resampled = torch.stack(
+        [
+            wins[torch.randint(n, (n,), generator=generator)][
+                :, torch.randint(m, (m,), generator=generator)
+            ].mean()
+            for _ in range(RESAMPLES)
+        ]
+    )
+    low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    found = stats.mannwhitneyu(trained.numpy(), held_out.numpy(), alternative="greater")
+    return Membership(
+        auc=float(wins.mean()), low=low, high=high, chance=float(found.pvalue), trained=n, held_out=m
+    )
+
+
+@torch.no_grad()
+def patient_losses(family: Family, cached: Cached) -> Tensor:
+    """Loss of each patient at each noise level, `[patients, LEVELS]`: mean over images and draws.
+
+    Noise and levels are the same for everybody, so that only the image makes a difference.
+    """
+    device = next(family.module.parameters()).device
+    shape = family.normal_shape(cached.image)
+    generator = torch.Generator().manual_seed(0)  # public: the same draws for everybody
+    normal = torch.randn(LEVELS * DRAWS, *shape, generator=generator)
+    normal[:, 0] = 0.0  # the latent's mean, for families that sample it first
+    uniform = (torch.arange(LEVELS * DRAWS) // DRAWS + 0.5) / LEVELS
+    rows = []
+    with track("membership test", len(cached.patients)) as advance:
+        for images in cached.images:
+            losses = torch.zeros(LEVELS)
+            for image in images:
+                prompt = cached.captions[image][0]
+                views = Views(
+                    {k: _repeat(v[image]) for k, v in cached.image.items()},
+                    {k: _repeat(v[prompt]) for k, v in cached.prompt.items()},
+                    normal,
+                    uniform,
+                )
+                moved = Views.of({name: tensor.to(device) for name, tensor in views.tensors().items()})
+                losses += family.view_losses(moved).float().cpu().view(LEVELS, DRAWS).mean(1)
+            rows.append(losses / len(images))
+            advance(1)
+    return torch.stack(rows).double()
+
+
+def _repeat(tensor: Tensor) -> Tensor:
+    return tensor.expand(LEVELS * DRAWS, *tensor.shape)
