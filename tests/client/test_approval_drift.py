@@ -267,7 +267,7 @@ def test_approval_asks_and_shows_what_it_means(
     monkeypatch.setattr("sys.stdin.readline", lambda: next(answers), raising=False)
     for _ in range(2):
         assert approve(site) == 2
-        assert "nothing was set aside" in capsys.readouterr().err
+        assert "nothing was done" in capsys.readouterr().err
     assert kinds(site) == ["open"]
     assert approve(site) == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -205,13 +205,13 @@ def test_one_patient_who_overflows_leaves_the_others(family: Msdm) -> None:
     some.image["mean"][2] *= 1e36
     rest = ENGINES["bookkeeping"](family, select(some, [0, 1, 3]), 0.1, 4)
     assert norm(rest) > 0
-    assert gap(ENGINES["bookkeeping"](family, some, 0.1, 4), rest) < 1e-6 * norm(rest)
+    assert gap(ENGINES["bookkeeping"](family, some, 0.1, 4), rest) < 5e-6 * norm(rest)
     train_only(family.module, "conditioning")
     for engine in ("hooks", "ghost"):
         one_view = Views.of({n: t[:, :1] for n, t in some.tensors().items()})
         rest = ENGINES[engine](family, select(one_view, [0, 1, 3]), 0.1, 4)
         assert norm(rest) > 0
-        assert gap(ENGINES[engine](family, one_view, 0.1, 4), rest) < 1e-6 * norm(rest)
+        assert gap(ENGINES[engine](family, one_view, 0.1, 4), rest) < 5e-6 * norm(rest)
 
 
 @pytest.mark.parametrize(("engine", "views"), [("hooks", 1), ("hooks", 3), ("ghost", 1)])
