@@ -105,6 +105,19 @@ def read_collected(run_dir: Path, release: str) -> Collected:
     return Collected.model_validate_json(path.read_bytes()) if path.exists() else Collected()
 
 
+def told(run_dir: Path) -> tuple[dict[str, float], dict[str, list[str]]]:
+    """Site to the largest epsilon it told with an extra release, and to why it did not answer one."""
+    spent: dict[str, float] = {}
+    refused: dict[str, list[str]] = {}
+    for release in (FIDELITY, FINAL, GATE):
+        found = read_collected(run_dir, release)
+        for site, facts in found.replied.items():
+            spent[site] = max(spent.get(site, 0.0), facts.epsilon)
+        for site, why in found.refused.items():
+            refused.setdefault(site, []).append(f"{release}: {why}")
+    return spent, refused
+
+
 def read_sums(run_dir: Path, release: str) -> dict[str, tuple[Tensor, ReleaseFacts]]:
     """Read the noisy sums that came with a release: site to sum and facts."""
     path = run_dir / "releases" / f"{release}.safetensors"

@@ -19,7 +19,7 @@ from polyclinic.server.checkpoints import (
     load_taps,
     rounds_done,
 )
-from polyclinic.server.collect import FIDELITY, read_gates, read_sums
+from polyclinic.server.collect import FIDELITY, read_gates, read_sums, told
 from polyclinic.server.cost_record import gather
 from polyclinic.server.evaluation.audit import SiteAudit, audit_site
 from polyclinic.server.evaluation.federated import measure_federated
@@ -51,10 +51,12 @@ def guarantee(resolved: Resolved) -> list[str]:
     privacy = study.privacy
     if not privacy.enabled:
         return ["None. This run trained without differential privacy."]
+    extra = bool(study.releases.epsilons)
     unit = "patient" if study.data.unit == "patient" else "image (the data has no patient ids)"
     return [
         f"({privacy.epsilon:g}, {privacy.delta:g})-differential privacy for each site on its own, for adding "
-        f"or removing one {unit} of that site's snapshot, against everyone who sees the generator.",
+        f"or removing one {unit} of that site's snapshot, against everyone who sees the generator"
+        + (" and what sites said once beside their rounds: both are in that epsilon." if extra else "."),
         f"Mechanism: Poisson sampling of every {study.data.unit} with public rate q = "
         f"{privacy.sampling_rate:g}; each one's gradient over {privacy.views} views clipped to C; Gaussian "
         "noise of sigma x C; divided by a public constant.",
@@ -77,7 +79,7 @@ def summarise(run_dir: Path, planned: Plan | None = None, settings: CostSettings
     numbers = rounds_done(run_dir)
     records = [load_record(run_dir, number) for number in numbers]
     planned = planned or forecast_of(run_dir)
-    sites = _sites(resolved, records)
+    sites = _sites(run_dir, resolved, records)
     cost = gather(run_dir, resolved, records, planned.evaluation_flops)
     judging = sum(row.figures["wall_s"].value for row in cost if row.phase in ("pretrain", *JUDGING))
     rounds = [_round(run_dir, resolved, record) for record in records]
@@ -132,7 +134,7 @@ def forecast_of(run_dir: Path) -> Plan:
     named = run_dir / "sites.json"
     names = json.loads(named.read_text(encoding="utf-8")) if named.exists() else []
     records = [load_record(run_dir, number) for number in rounds_done(run_dir)]
-    known = {site.name: site.declared_patients or None for site in _sites(resolved, records)}
+    known = {site.name: site.declared_patients or None for site in _sites(run_dir, resolved, records)}
     return plan(resolved.study, declared={**dict.fromkeys(names), **known})
 
 
@@ -185,8 +187,9 @@ def _names(records: list[RoundRecord]) -> list[str]:
     )
 
 
-def _sites(resolved: Resolved, records: list[RoundRecord]) -> list[SiteFacts]:
+def _sites(run_dir: Path, resolved: Resolved, records: list[RoundRecord]) -> list[SiteFacts]:
     study = resolved.study
+    spent, refused = told(run_dir)
     sites = []
     for name in _names(records):
         facts = [record.replied[name] for record in records if name in record.replied]
@@ -196,14 +199,18 @@ def _sites(resolved: Resolved, records: list[RoundRecord]) -> list[SiteFacts]:
             SiteFacts(
                 name=name,
                 declared_patients=round(float(last.get("divisor", 0.0)) / rate),
-                epsilon=float(last["epsilon"]) if last else None,
+                # What was released after the last round has been charged, too.
+                epsilon=max(float(last["epsilon"]), spent.get(name, 0.0)) if last else spent.get(name),
                 delta=study.privacy.delta if study.privacy.enabled else None,
                 epsilon_cap=study.privacy.epsilon if study.privacy.enabled else None,
                 sigma=float(last["sigma"]) if last else None,
                 rounds_answered=len(facts),
                 rounds_absent=sum(name in record.absent for record in records),
                 rounds_rejected=sum(name in record.rejected for record in records),
-                refusals=[f"round {r.round}: {r.refusals[name]}" for r in records if name in r.refusals],
+                refusals=[
+                    *(f"round {r.round}: {r.refusals[name]}" for r in records if name in r.refusals),
+                    *refused.get(name, []),
+                ],
             )
         )
     return sites
