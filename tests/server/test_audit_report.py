@@ -175,3 +175,9 @@ def test_too_few_canaries_are_refused(canaries: int, allowed: bool) -> None:
     else:
         with pytest.raises(BadInput, match=r"privacy\.canaries"):
             parse_study(values, "test")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_run() -> None:
+    """Messages are made inside a run; no other test has to have begun one before."""
+    _identify(1)
