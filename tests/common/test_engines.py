@@ -201,17 +201,21 @@ def test_weights_scaled_until_gradients_overflow_leave_a_finite_bounded_sum(
 
 
 def test_one_patient_who_overflows_leaves_the_others(family: Msdm) -> None:
-    some = views_for(family, 4, 2)
-    some.image["mean"][2] *= 1e36
+    """In float64, so that what the others' sum is off by is not how a processor rounds other shapes."""
+    family.module.double()
+    family.alphas = family.alphas.double()
+    some = Views.of({name: tensor.double() for name, tensor in views_for(family, 4, 2).tensors().items()})
+    some.image["mean"][2] *= 1e306
+    assert not all(bool(t.isfinite().all()) for t in gradients(family, select(some, [2]))[0].values())
     rest = ENGINES["bookkeeping"](family, select(some, [0, 1, 3]), 0.1, 4)
     assert norm(rest) > 0
-    assert gap(ENGINES["bookkeeping"](family, some, 0.1, 4), rest) < 5e-6 * norm(rest)
+    assert gap(ENGINES["bookkeeping"](family, some, 0.1, 4), rest) < 1e-6 * norm(rest)
     train_only(family.module, "conditioning")
     for engine in ("hooks", "ghost"):
         one_view = Views.of({n: t[:, :1] for n, t in some.tensors().items()})
         rest = ENGINES[engine](family, select(one_view, [0, 1, 3]), 0.1, 4)
         assert norm(rest) > 0
-        assert gap(ENGINES[engine](family, one_view, 0.1, 4), rest) < 5e-6 * norm(rest)
+        assert gap(ENGINES[engine](family, one_view, 0.1, 4), rest) < 1e-6 * norm(rest)
 
 
 @pytest.mark.parametrize(("engine", "views"), [("hooks", 1), ("hooks", 3), ("ghost", 1)])

@@ -114,6 +114,9 @@ def test_the_committed_key_holds_nothing_of_the_images(study: Made) -> None:
     assert not re.search(r"\.png|polyp on|\bp\d+\b|/", text)
     sources = (study.sealed / "sources.csv").read_text()
     assert "real/" in sources
+    files = re.findall(r"[^,/]+\.png", sources)
+    assert files
+    assert not any(file in text for file in files)
     assert (
         len(set(re.findall(r",(p\d+),", "\n".join(x for x in sources.splitlines() if ",real," in x)))) == 10
     )
