@@ -92,6 +92,7 @@ def test_a_killed_part_is_started_again(tmp_path: Path, started: subprocess.Pope
 def test_parts_die_with_a_supervisor_that_is_killed(tmp_path: Path, started: subprocess.Popen[str]) -> None:
     pids = [fact["pid"] for fact in processes(tmp_path / "node").values()]
     started.kill()
+    started.wait()  # its lock goes with it, a moment after the pipes by which its parts notice
     wait_for(lambda: not any(alive(pid) for pid in pids))
     assert processes(tmp_path / "node") == {}
 
