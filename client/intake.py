@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,10 @@ def watched_tables(home: Path, data: DataSettings, folder: Path) -> list[Path]:
 
 
 def write_list(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write a JSON Lines file for this site's eyes only."""
-    text = "".join(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n" for line in lines)
-    write_atomic(path, text.encode("utf-8", "surrogatepass"), mode=0o600)
+    """Write a JSON Lines file for this site's eyes only; a thousand lines at a time are held."""
+    texts = (json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n" for line in lines)
+    pieces = iter(lambda: "".join(islice(texts, 1000)).encode("utf-8", "surrogatepass"), b"")
+    write_atomic(path, pieces, mode=0o600)
 
 
 def as_line(record: Record, folder: Path, digest: str) -> dict[str, Any]:

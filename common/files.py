@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,12 +37,12 @@ def naming_full_disk(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
+def write_atomic(path: Path, data: bytes | Iterable[bytes], mode: int = 0o644) -> None:
     """Write a file so that it is either absent, as before, or whole.
 
     Args:
         path: Where the file will stand; its folder exists.
-        data: The whole content.
+        data: The whole content, or its pieces in order, which are not held together.
         mode: Permission bits; the process's umask may take more away, never give more.
 
     Raises:
@@ -54,7 +54,8 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
         try:
             handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
             try:
-                write_fully(handle, data)
+                for piece in [data] if isinstance(data, bytes) else data:
+                    write_fully(handle, piece)
                 os.fsync(handle)
             finally:
                 os.close(handle)

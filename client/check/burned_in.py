@@ -11,6 +11,7 @@ numbers, device screens), not handwriting, not single markers such as L or R, no
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 LONGEST = 1024  # pixels; larger images are shrunk to it
@@ -31,14 +32,20 @@ def text_lines(gray: np.ndarray) -> list[Box]:
     Returns:
         Boxes (top, left, bottom, right), pixels of `gray`.
     """
-    low, high = np.percentile(gray, (1, 99.5))
-    least = max(12.0, CONTRAST * float(high - low))
+    low, high = _percentiles(gray, 0.01, 0.995)
+    least = max(12.0, CONTRAST * (high - low))
     found: list[Box] = []
     for bright in (gray, 255 - gray):
-        strokes = bright - _opening(bright) > least
-        labels, _ = ndimage.label(strokes, structure=np.ones((3, 3), dtype=int))
-        found += _lines(_characters(labels))
+        found += _lines(_characters(bright - _opening(bright) > least))
     return found
+
+
+def _percentiles(gray: np.ndarray, *shares: float) -> list[float]:
+    """Find percentiles by linear interpolation, from the 256 counts: a fifth of numpy's time."""
+    ranks = np.cumsum(Image.fromarray(gray).histogram())
+    places = [share * (gray.size - 1) for share in shares]
+    pairs = [np.searchsorted(ranks, (np.floor(at), np.ceil(at)), side="right") for at in places]
+    return [float(a + (b - a) * (at % 1)) for (a, b), at in zip(pairs, places, strict=True)]
 
 
 def _opening(gray: np.ndarray) -> np.ndarray:
@@ -50,7 +57,8 @@ def _slide(gray: np.ndarray, least: np.ufunc) -> np.ndarray:
     """Smallest or largest value in the square around each pixel, edges repeated (doubling windows)."""
     half = STROKE // 2
     for axis in (0, 1):
-        wide = np.pad(gray, [(half, half) if a == axis else (0, 0) for a in (0, 1)], mode="edge")
+        first, last = (gray[:1], gray[-1:]) if axis == 0 else (gray[:, :1], gray[:, -1:])
+        wide = np.concatenate([first] * half + [gray] + [last] * half, axis)
         span = 1
         while span < STROKE:
             step = min(span, STROKE - span)
@@ -62,15 +70,30 @@ def _slide(gray: np.ndarray, least: np.ufunc) -> np.ndarray:
     return gray
 
 
-def _characters(labels: np.ndarray) -> np.ndarray:
-    """Keep pieces shaped like characters: `[N, 4]` boxes, top to bottom."""
-    boxes = [(s[0].start, s[1].start, s[0].stop, s[1].stop) for s in ndimage.find_objects(labels)]
-    if not boxes:
+def _characters(strokes: np.ndarray) -> np.ndarray:
+    """Keep connected pieces shaped like characters: `[N, 4]` boxes, top to bottom."""
+    labels, count = ndimage.label(strokes, structure=np.ones((3, 3), dtype=int))
+    # Few pixels are strokes: to look at those alone is faster than scipy's passes over all of them.
+    at = np.flatnonzero(strokes)
+    piece = labels.ravel()[at] - 1
+    area = np.bincount(piece, minlength=count)
+    large = area >= HEIGHTS[0]  # a connected piece has a pixel in each of its rows
+    if large.sum() < CHARACTERS:
         return np.empty((0, 4), dtype=int)
-    box = np.array(boxes)
-    area = np.bincount(labels.ravel(), minlength=len(box) + 1)[1:]
+    at, piece = at[large[piece]], (np.cumsum(large) - 1)[piece[large[piece]]]
+    down, across = np.divmod(at, strokes.shape[1])
+    box = np.empty((int(large.sum()), 4), dtype=int)
+    box[:, :2] = strokes.size
+    box[:, 2:] = 0
+    for side, extreme, values in (
+        (0, np.minimum, down),
+        (1, np.minimum, across),
+        (2, np.maximum, down + 1),
+        (3, np.maximum, across + 1),
+    ):
+        extreme.at(box[:, side], piece, values)
     height, width = box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]
-    fill = area / (height * width)
+    fill = area[large] / (height * width)
     fits = (
         (height >= HEIGHTS[0])
         & (height <= HEIGHTS[1])

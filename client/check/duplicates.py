@@ -14,73 +14,84 @@ from itertools import pairwise
 
 import numpy as np
 
-from polyclinic.client.check.look import THUMB, detail
-
 BITS = 6
 BANDS = 7
 ALIKE = 0.9
-BLOCK = 512
-Pair = tuple[int, int]
+BLOCK, WIDE = 512, 8192
+Pairs = tuple[np.ndarray, np.ndarray]
 
 
-def same(keys: list[str]) -> list[list[int]]:
+def same(keys: np.ndarray) -> list[list[int]]:
     """Group equal keys.
+
+    Args:
+        keys: `[N]`; an empty one is like no other.
 
     Returns:
         The places of every key that is there more than once.
     """
-    groups: dict[str, list[int]] = {}
-    for place, key in enumerate(keys):
-        groups.setdefault(key, []).append(place)
-    return [group for group in groups.values() if len(group) > 1]
+    order = np.argsort(keys, kind="stable")
+    order = order[keys[order] != keys.dtype.type()]
+    return _groups(order, keys[order])
 
 
-def nearly_same(hashes: np.ndarray, thumbs: np.ndarray) -> list[list[int]]:
-    """Group pictures that are nearly the same.
+def nearly_same(hashes: np.ndarray, fine: np.ndarray) -> list[list[int]]:
+    """Group pictures that are nearly the same; memory is bounded beside the arguments.
 
     Args:
         hashes: `[N]`, uint64.
-        thumbs: `[N, THUMB * THUMB]`, uint8.
+        fine: `[N, FINE]`, int8; may lie on disk.
 
     Returns:
         Groups of places, connected by pairs that are alike.
     """
-    parent = np.arange(len(hashes))
-
-    def root(place: int) -> int:
-        while parent[place] != place:
-            parent[place] = parent[parent[place]]
-            place = int(parent[place])
-        return place
-
+    group = np.arange(len(hashes))
     for first, second in _candidates(hashes):
         # Those already in one group need no second look: cine frames would give n^2 of them.
-        new = np.array([root(int(a)) != root(int(b)) for a, b in zip(first, second, strict=True)], dtype=bool)
+        new = group[first] != group[second]
         first, second = first[new], second[new]
         for start in range(0, len(first), BLOCK):
-            one, other = first[start : start + BLOCK], second[start : start + BLOCK]
-            shape = (-1, THUMB, THUMB)
-            alike = (detail(thumbs[one].reshape(shape)) * detail(thumbs[other].reshape(shape))).sum(1) > ALIKE
-            for a, b in zip(one[alike], other[alike], strict=True):
-                parent[root(int(a))] = root(int(b))
-    groups: dict[int, list[int]] = {}
-    for place in range(len(hashes)):
-        groups.setdefault(root(place), []).append(place)
-    return [group for group in groups.values() if len(group) > 1]
+            some = slice(start, start + BLOCK)
+            alike = _correlation(fine[first[some]], fine[second[some]]) > ALIKE
+            for one, other in zip(first[some][alike], second[some][alike], strict=True):
+                low, high = sorted((group[one], group[other]))
+                if low != high:
+                    group[group == high] = low
+    order = np.argsort(group, kind="stable")
+    return _groups(order, group[order])
 
 
-def _candidates(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield pairs of places whose hashes differ in at most `BITS` bits, in bounded portions; some twice."""
+def _groups(order: np.ndarray, keys: np.ndarray) -> list[list[int]]:
+    """Cut places that are sorted by their keys into groups of more than one, the first places first."""
+    bounds = np.concatenate(([0], np.flatnonzero(keys[1:] != keys[:-1]) + 1, [len(order)]))
+    return sorted(order[a:b].tolist() for a, b in pairwise(bounds) if b - a > 1)
+
+
+def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Correlate rows of mean 0 pairwise."""
+    a, b = one.astype(np.float32), other.astype(np.float32)
+    lengths = np.sqrt(np.einsum("ij,ij->i", a, a) * np.einsum("ij,ij->i", b, b))
+    return np.einsum("ij,ij->i", a, b) / np.maximum(lengths, 1)
+
+
+def _candidates(hashes: np.ndarray) -> Iterator[Pairs]:
+    """Yield pairs of places whose hashes differ in at most `BITS` bits, once each, in bounded portions."""
     edges = np.linspace(0, 64, BANDS + 1).round().astype(int)
-    for low, high in pairwise(edges):
-        band = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
-        order = np.argsort(band, kind="stable")
-        bounds = np.flatnonzero(np.diff(band[order])) + 1
+    masks = [np.uint64(((1 << int(high - low)) - 1) << int(low)) for low, high in pairwise(edges)]
+    for number, mask in enumerate(masks):
+        order = np.argsort(hashes & mask, kind="stable")
+        bounds = np.flatnonzero(np.diff(hashes[order] & mask)) + 1
         for bucket in np.split(order, bounds):
             for start in range(0, len(bucket), BLOCK):
                 rows = bucket[start : start + BLOCK]
-                rest = bucket[start:]
-                near = np.bitwise_count(hashes[rows][:, None] ^ hashes[rest][None, :]) <= BITS
-                a, b = np.nonzero(np.triu(near, 1))
-                if len(a):
-                    yield rows[a], rest[b]
+                for beside in range(start, len(bucket), WIDE):
+                    rest = bucket[beside : beside + WIDE]
+                    differ = hashes[rows][:, None] ^ hashes[rest][None, :]
+                    near = np.bitwise_count(differ) <= BITS
+                    a, b = np.nonzero(np.triu(near, 1) if beside == start else near)
+                    # Those that agree in an earlier band were taken there.
+                    new = np.ones(len(a), dtype=bool)
+                    for earlier in masks[:number]:
+                        new &= (differ[a, b] & earlier) != 0
+                    if new.any():
+                        yield rows[a[new]], rest[b[new]]

@@ -8,22 +8,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
+from polyclinic.client.check import seen as packed
 from polyclinic.client.check.captions import Limit, examine
 from polyclinic.client.check.codes import CODES, SEVERITIES
 from polyclinic.client.check.duplicates import nearly_same, same
-from polyclinic.client.check.look import THUMB
+from polyclinic.client.check.fix import fix as write_lists
+from polyclinic.client.check.seen import Example, Seen
 from polyclinic.client.check.store import Store, opened
 from polyclinic.client.check.workers import Workers, started
-from polyclinic.client.intake import (
-    accepted_path,
-    as_line,
-    data_home,
-    patient_key,
-    quarantine_path,
-    write_list,
-)
+from polyclinic.client.intake import data_home, patient_key
 from polyclinic.common.data.pixels import spread
 from polyclinic.common.data.pixels import workers as workers_here
 from polyclinic.common.data.sources import read_table
@@ -35,30 +28,6 @@ from polyclinic.common.settings import DataSettings, GeneratorSettings
 EXAMPLES = 5
 # A look that says nothing about the image itself is asked for again next time.
 AGAIN = {"decoder-crashed", "decoder-hung"}
-Example = tuple[str, str]
-
-
-@dataclass
-class Seen:
-    """What is known of the images of a table, by their places in it.
-
-    Attributes:
-        contents: Content hashes; "" where a file could not be read at all.
-        pixels: Hashes of decoded pixels; "" where it could not be decoded.
-        compared: Places that near-duplicates are looked for among.
-        hashes: Of those, `[M]` uint64.
-        thumbs: Of those, `[M, THUMB * THUMB]` uint8: one kilobyte an image.
-        quarantined: Place to (code, detail).
-        remembered: Images that an earlier check had looked at.
-    """
-
-    contents: list[str] = field(default_factory=list)
-    pixels: list[str] = field(default_factory=list)
-    compared: list[int] = field(default_factory=list)
-    hashes: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
-    thumbs: np.ndarray = field(default_factory=lambda: np.empty((0, THUMB * THUMB), dtype=np.uint8))
-    quarantined: dict[int, Example] = field(default_factory=dict)
-    remembered: int = 0
 
 
 @dataclass
@@ -131,9 +100,10 @@ def preflight(
     findings = Findings(harder)
     for problem in table.problems:
         findings.add("left-aside" if problem.skipped else problem.code, problem.where, problem.what)
-    with opened(data_home(home) / "looks.sqlite") as store, started() as workers:
-        seen = _look_at_all(table.records, store, workers, findings, data.image_size)
-    _find_duplicates(table.records, seen, findings)
+    with packed.opened(len(table.records), data_home(home)) as seen:
+        with opened(data_home(home) / "looks.sqlite") as store, started() as workers:
+            _look_at_all(table.records, store, workers, seen, findings, data.image_size)
+        _find_duplicates(table.records, seen, findings)
     captions = _check_captions(table.records, generator, findings)
     facts = {
         "folder": str(folder.resolve()),
@@ -144,16 +114,17 @@ def preflight(
         "remembered": seen.remembered,
         "findings": findings.rows(),
     }
-    return facts | (_fix(home, folder, data, table, seen, captions, findings) if fix else {})
+    if not fix:
+        return facts
+    stops = [code for code in findings.counts if findings.severity(code) == "stop"]
+    if stops:
+        return facts | {"fixed": False, "waits_for": stops}
+    return facts | write_lists(home, folder, data, table, seen, captions)
 
 
 def _look_at_all(
-    records: list[Record], store: Store, workers: Workers, findings: Findings, wanted: int
-) -> Seen:
-    seen = Seen(
-        hashes=np.zeros(len(records), np.uint64), thumbs=np.zeros((len(records), THUMB * THUMB), np.uint8)
-    )
-
+    records: list[Record], store: Store, workers: Workers, seen: Seen, findings: Findings, wanted: int
+) -> None:
     def act(record: Record) -> tuple[str, dict[str, Any], bool]:
         try:
             content = store.content_of(record)
@@ -170,14 +141,8 @@ def _look_at_all(
 
     threads = min(workers_here(), 1 + len(records) // 64)  # a worker takes most of a second to start
     with track("look at images", len(records)) as advance:
-        for place, (content, look, known) in enumerate(spread(act, records, threads)):
-            seen.remembered += known
-            seen.contents.append(content)
-            seen.pixels.append(look.get("pixels", ""))
-            if "thumb" in look:
-                seen.hashes[len(seen.compared)] = int(look["hash"], 16)
-                seen.thumbs[len(seen.compared)] = np.frombuffer(bytes.fromhex(look["thumb"]), np.uint8)
-                seen.compared.append(place)
+        for content, look, known in spread(act, records, threads):
+            place = seen.add(content, look, known=known)
             said = [*look["found"]]
             if "size" in look and 16 <= min(look["size"]) < wanted:
                 said.append(
@@ -188,17 +153,15 @@ def _look_at_all(
                 if findings.severity(code) == "error":
                     seen.quarantined.setdefault(place, (code, detail))
             advance()
-    seen.hashes, seen.thumbs = seen.hashes[: len(seen.compared)], seen.thumbs[: len(seen.compared)]
-    return seen
 
 
 def _find_duplicates(records: list[Record], seen: Seen, findings: Findings) -> None:
-    there = [place for place, pixels in enumerate(seen.pixels) if pixels]
-    equal = [[there[i] for i in group] for group in same([seen.pixels[place] for place in there])]
+    equal = same(seen.pixels)
     _say(records, equal, "duplicate", findings)
     known = {place: number for number, group in enumerate(equal) for place in group}
     with track("compare images", 1) as advance:
-        near = [[seen.compared[i] for i in group] for group in nearly_same(seen.hashes, seen.thumbs)]
+        places, hashes, fine = seen.comparable()
+        near = [[int(places[i]) for i in group] for group in nearly_same(hashes, fine)]
         advance()
     # A group of equal pictures has been said already.
     near = [group for group in near if len({known.get(place, -1 - place) for place in group}) > 1]
@@ -260,48 +223,4 @@ def _counts(table: Table) -> dict[str, Any]:
         "captions": sum(len(record.captions) for record in table.records),
         "images_a_patient": {"least": sizes[0], "median": median(sizes), "most": sizes[-1]},
         "labels": labels,
-    }
-
-
-def _fix(
-    home: Path,
-    folder: Path,
-    data: DataSettings,
-    table: Table,
-    seen: Seen,
-    captions: dict[str, Example],
-    findings: Findings,
-) -> dict[str, Any]:
-    """Write the accepted table and the quarantine, unless a person must decide something first."""
-    stops = [code for code in findings.counts if findings.severity(code) == "stop"]
-    if stops:
-        return {"fixed": False, "waits_for": stops}
-    accepted, aside = [], []
-    for place, record in enumerate(table.records):
-        kept = tuple(caption for caption in record.captions if caption not in captions)
-        line = as_line(record, folder, seen.contents[place])
-        reason = seen.quarantined.get(place) or (None if kept else captions[record.captions[0]])
-        if reason:
-            aside.append({**line, "captions": [], "code": reason[0], "detail": reason[1]})
-        else:
-            accepted.append({**line, "captions": list(kept)})
-    aside += [
-        {"image": problem.image, "code": problem.code, "detail": str(problem)}
-        for problem in table.problems
-        if not problem.skipped
-    ]
-    if not accepted:
-        raise BadInput(f"{folder}: nothing is left after the quarantine; see the report")
-    paths = accepted_path(home, data, folder), quarantine_path(home, data, folder)
-    write_list(paths[1], aside)
-    write_list(paths[0], accepted)
-    lost = sum(len(r.captions) for r in table.records) - sum(len(line["captions"]) for line in accepted)
-    return {
-        "fixed": True,
-        "accepted": len(accepted),
-        "accepted_patients": len({line["patient"] for line in accepted}),
-        "quarantined": len(aside),
-        "captions_left_out": lost,
-        "accepted_list": str(paths[0]),
-        "quarantine_list": str(paths[1]),
     }

@@ -27,6 +27,10 @@ td,th{text-align:left;padding:6px 10px;border-bottom:1px solid var(--line);font-
 """
 _NOTHING = "default-src 'none'; style-src 'unsafe-inline'"
 NOTHING = "default-src 'none'; style-src 'unsafe-inline'"
+OLDER = (
+    "the snapshot of this folder was made of another list, and approvals stay bound to it: run `snapshot` "
+    "again, then `approve` again"
+)
 PRIVATE = "This page is about patients. It stays at this site."
 
 
@@ -56,6 +60,7 @@ def _example(example: dict[str, str]) -> str:
 def _fixed(facts: dict[str, Any]) -> list[str]:
     if facts.get("fixed"):
         return [
+            *([OLDER] if facts["older_snapshot"] else []),
             f"accepted {facts['accepted']:,} images of {facts['accepted_patients']:,} {facts['unit']}s: "
             f"{facts['accepted_list']}",
             f"quarantined {facts['quarantined']:,} images or rows, left out {facts['captions_left_out']:,} "

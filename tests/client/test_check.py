@@ -1,5 +1,6 @@
 """The preflight: what it finds, what it accepts, that it goes on after a kill, and that it stays private."""
 
+import html
 import io
 import json
 import os
@@ -16,10 +17,11 @@ from PIL import Image, ImageEnhance
 
 from polyclinic.client import cli
 from polyclinic.client.check.captions import Limit, examine
-from polyclinic.client.check.duplicates import BITS, nearly_same
+from polyclinic.client.check.duplicates import BITS, nearly_same, same
 from polyclinic.client.check.identifiers import in_text
-from polyclinic.client.check.look import THUMB, resemblance
+from polyclinic.client.check.look import FINE, resemblance
 from polyclinic.client.check.preflight import preflight
+from polyclinic.client.check.report import OLDER, page, words
 from polyclinic.client.check.workers import started
 from polyclinic.client.intake import make_snapshot, site_records
 from polyclinic.common.data.images import open_image
@@ -130,8 +132,8 @@ def test_bands_find_every_pair_that_brute_force_finds() -> None:
     flips = [random.choice(64, random.integers(0, 10), replace=False) for _ in base]
     masks = np.array([sum(1 << int(b) for b in f) for f in flips], dtype=np.uint64)
     hashes = np.concatenate([base, base ^ masks])
-    thumbs = np.tile(random.integers(0, 255, (300, THUMB * THUMB), dtype=np.uint8), (2, 1))
-    groups = nearly_same(hashes, thumbs)
+    fine = np.tile(random.integers(-127, 128, (300, FINE), dtype=np.int8), (2, 1))
+    groups = nearly_same(hashes, fine)
     expected = [[i, i + 300] for i, f in enumerate(flips) if len(f) <= BITS]
     assert sorted(groups) == expected
     assert 0 < len(expected) < 300
@@ -141,8 +143,23 @@ def test_alike_bodies_are_not_one_picture() -> None:
     grounds = [draw(n, (64, 64)) for n in range(40)]
     shown = [resemblance(image.convert("L")) for image in grounds]
     hashes = np.zeros(40, dtype=np.uint64)  # the worst case: every hash alike
-    thumbs = np.stack([np.frombuffer(bytes.fromhex(one["thumb"]), np.uint8) for one in shown])
-    assert nearly_same(hashes, thumbs) == []
+    fine = np.stack([np.frombuffer(bytes.fromhex(one["fine"]), np.int8) for one in shown])
+    assert nearly_same(hashes, fine) == []
+
+
+def test_a_chain_of_copies_is_one_group_whatever_order_its_pairs_come_in() -> None:
+    random = np.random.default_rng(1)
+    ends = random.integers(-127, 128, (2, FINE)).astype(np.float32)
+    # Each is like its neighbours; the first and the last are not alike.
+    fine = np.stack([(ends[0] * (1 - t) + ends[1] * t).round() for t in np.linspace(0, 1, 12)])
+    order = random.permutation(12)
+    assert nearly_same(np.zeros(12, np.uint64), fine[order].astype(np.int8)) == [list(range(12))]
+    assert nearly_same(np.zeros(2, np.uint64), fine[[0, 11]].astype(np.int8)) == []
+
+
+def test_equal_keys_are_grouped_and_an_empty_one_is_like_no_other() -> None:
+    assert same(np.array([b"x", b"", b"y", b"x", b"", b"y", b"z"])) == [[0, 3], [2, 5]]
+    assert same(np.array([], dtype="S32")) == []
 
 
 # ---------------------------------------------------------------- what is accepted
@@ -204,6 +221,21 @@ def test_a_changed_file_is_not_the_one_that_was_checked(tmp_path: Path) -> None:
     (folder / "03.png").unlink()
     with pytest.raises(BadInput, match=r"03\.png: gone since it was checked"):
         make_snapshot(home, data, folder)
+
+
+def test_a_second_fix_says_that_the_snapshot_is_of_another_list(tmp_path: Path) -> None:
+    folder, home = tmp_path / "d", tmp_path / "home"
+    data = csv_folder(folder)
+    assert not preflight(home, folder, data, GENERATOR, fix=True)["older_snapshot"]
+    make_snapshot(home, data, folder)
+    assert not preflight(home, folder, data, GENERATOR, fix=True)["older_snapshot"]
+    draw(99).save(folder / "03.png")
+    facts = preflight(home, folder, data, GENERATOR, fix=True)
+    assert facts["older_snapshot"]
+    assert OLDER in words(facts)
+    assert html.escape(OLDER) in page(facts)
+    make_snapshot(home, data, folder)
+    assert not preflight(home, folder, data, GENERATOR, fix=True)["older_snapshot"]
 
 
 # ---------------------------------------------------------------- kills and workers
