@@ -213,7 +213,7 @@ def prepare(home: Path, sizes: Sizes) -> Bench:
     groups = patients_of(federation.sites["one-site"])
     chosen = sorted(groups, key=lambda patient: position(patient, KEY))[: sizes.patients]
     files = prepare_base(home, study, reference).files
-    family = generators.load_family(study.generator, study.data.image_size, files.vae, frozen=files.frozen)
+    family = generators.load_family(study, files)
     records = [record for patient in chosen for record in groups[patient]]
     data = load_cache(home / "cache", build_cache(records, family, study.data, home / "cache"))
     return Bench(home, sizes, reference, data, f"{code_hash()} {estimate.PROTOCOL} {probe.PROTOCOL}")
@@ -226,10 +226,8 @@ def trained(cell: Cell, study: Study, base: Base, bench: Bench, sigma: float) ->
     if checkpoints.rounds_done(run_dir):
         return checkpoints.load_checkpoint(run_dir, ROUND)
     device = pick_device(study.training.device)
-    files, size, random = base.files, study.data.image_size, KeyedRandom.for_test(KEY, "one-site", cell.seed)
-    family = generators.load_family(
-        study.generator, size, files.vae, frozen=files.frozen, device=device, encoders=False
-    )
+    files, random = base.files, KeyedRandom.for_test(KEY, "one-site", cell.seed)
+    family = generators.load_family(study, files, device=device, encoders=False)
     generators.load_trainable_state(family.module, base.start)
     divisor = study.privacy.sampling_rate * bench.sizes.patients
     engine = PrivateEngine(family, bench.data, study, random, sigma=sigma, divisor=divisor, device=device)

@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.generators.base import Views, trainable
 from polyclinic.common.generators.msdm import Msdm, train_only
 from polyclinic.common.privacy.clipping import ENGINES
 from polyclinic.common.privacy.random import KeyedRandom
 from polyclinic.common.refusals import Refusal
-from polyclinic.common.settings import GeneratorSettings
 
 CASES = {
     "msdm-tiny": ("msdm-tiny", "all"),

@@ -30,6 +30,7 @@ from polyclinic.common.data.cache import build_cache
 from polyclinic.common.data.holdout import position
 from polyclinic.common.data.pixels import snapshot_hash
 from polyclinic.common.data.table import Record
+from polyclinic.common.device import pick_device
 from polyclinic.common.features.efficientnet import efficientnet
 from polyclinic.common.features.extractor import Extractor
 from polyclinic.common.files import sha256_file, write_atomic, write_json_atomic
@@ -147,7 +148,7 @@ def prepare_and_approve(
     check_noise(policy, study, sigma)
     check_base(resolved, files)
     extractor = site_extractor(resolved)
-    family = load_family(study.generator, study.data.image_size, files.vae, frozen=files.frozen)
+    family = load_family(study, files, device=pick_device(study.training.device), network=False)
     trained, held_out = set_apart(records, resolved)
     index = build_cache(trained, family, study.data, home / "cache", extractor)
     held_out_index = build_cache(held_out, family, study.data, home / "cache", extractor) if held_out else ""
@@ -184,8 +185,14 @@ def check_base(resolved: Resolved, files: BaseFiles) -> None:
     Raises:
         Refusal: `approval-drift`.
     """
-    if base_hash_of(files, resolved.study.generator) != resolved.base_hash:
-        raise Refusal("approval-drift", "the base here is not the study's")
+    found, wanted = base_hash_of(files, resolved.study), resolved.base_hash
+    if found != wanted:
+        place, study = files.vae or files.pipeline, resolved.study.generator
+        named = f", which is {study.base} at revision {study.base_revision}" if study.large else ""
+        raise Refusal(
+            "approval-drift",
+            f"the base here is not the study's{named}: {place} hashes to {found[:12]}, not {wanted[:12]}",
+        )
 
 
 def site_extractor(resolved: Resolved) -> Extractor | None:
@@ -336,7 +343,6 @@ def drift(home: Path, approval: Approval, study_hash: str | None = None) -> list
         approval: As it was read.
         study_hash: The study it was found by.
     """
-    generator = approval.resolved.study.generator
     found = []
     if study_hash is not None and approval.resolved.hash != study_hash:
         found.append("the study")
@@ -347,7 +353,7 @@ def drift(home: Path, approval: Approval, study_hash: str | None = None) -> list
     if not policy.exists() or approval.policy_hash != sha256_file(policy):
         found.append("policy.toml")
     try:
-        base = base_hash_of(approval.files, generator)
+        base = base_hash_of(approval.files, approval.resolved.study)
     except BadInput:
         base = ""
     if base != approval.resolved.base_hash:

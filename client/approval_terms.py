@@ -15,7 +15,8 @@ from polyclinic.common.cost import view_flops
 from polyclinic.common.data.table import Record
 from polyclinic.common.device import pick_device
 from polyclinic.common.features.fourier import BOUND
-from polyclinic.common.generators.base import BaseFiles, load_family, trainable_state
+from polyclinic.common.generators.base import BaseFiles, load_family, trainable
+from polyclinic.common.generators.checkpoint import licence
 from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.study import Resolved, Study, differences
 from polyclinic.common.wire import DIFFERENCE, FACTS, HASHES, SCALE, SUM, TAP, ReleaseFacts, ReplyFacts
@@ -63,10 +64,8 @@ def terms(
     sigma, releases, epsilon = noise_of(policy, resolved)
     check_noise(policy, study, sigma)
     check_base(resolved, files)
-    family = load_family(
-        study.generator, study.data.image_size, files.vae, frozen=files.frozen, encoders=False
-    )
-    numbers = sum(tensor.numel() for tensor in trainable_state(family.module).values())
+    family = load_family(study, files, device="meta", encoders=False)  # enough to count
+    numbers = sum(parameter.numel() for parameter in trainable(family.module).values())
     batch = study.privacy.sampling_rate * policy.declared_patients
     books = Books(home, inspect(home)[0])
     spent = books.committed()
@@ -86,9 +85,10 @@ def terms(
         "rounds": study.training.rounds,
         "steps_per_round": study.training.steps_per_round,
         "steps": study.total_steps,
-        "generator": f"{study.generator.family} {study.generator.size}",
+        "generator": study.generator.words,
         "trained_numbers": numbers,
         "base_hash": resolved.base_hash,
+        "licence": licence(study.generator, files.pipeline),
         "unit": study.data.unit,
         "table": study.data.table,
         "patients": len({record.patient for record in records}),
@@ -152,6 +152,8 @@ def _head(facts: dict[str, Any]) -> str:
         lines.append("*** NOT PRIVATE *** no noise is added: what leaves can show single patients' images.")
     if facts["test_randomness"]:
         lines.append("*** FIXED RANDOMNESS *** for tests only: anybody can repeat every draw of this study.")
+    if facts["licence"]:
+        lines.append(f"Terms of the base: {facts['licence']}")
     return "\n".join(lines)
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polyclinic.common.files import naming_full_disk, sha256_folder
+from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.refusals import BadInput, Refusal
-from polyclinic.common.settings import GeneratorSettings
 from polyclinic.common.study import Resolved
 
 HUB = "hub/hub"  # as HF_HOME=HOME/hub has it, which deploy/ sets

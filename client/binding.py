@@ -19,15 +19,20 @@ from polyclinic.client.intake import site_records, watched_tables
 from polyclinic.common.data.pixels import snapshot_hash
 from polyclinic.common.data.table import Record
 from polyclinic.common.files import write_json_atomic
+from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.generators.base import BaseFiles
-from polyclinic.common.generators.public import hash_base, resolve
+from polyclinic.common.generators.checkpoint import hash_files, large_files
+from polyclinic.common.generators.families import freezes_a
+from polyclinic.common.generators.public import resolve
 from polyclinic.common.kit import BASE_INDEX, BaseIndex, read_exchanged
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.settings import DataSettings, GeneratorSettings
-from polyclinic.common.study import Resolved
+from polyclinic.common.settings import DataSettings
+from polyclinic.common.study import Resolved, Study
 
 ROOT = "polyclinic"
 Watched = dict[str, list[int]]
+
+_HASHES: dict[tuple[BaseFiles, GeneratorSettings, bool], str] = {}
 
 
 @lru_cache(maxsize=1)
@@ -88,6 +93,8 @@ def site_base(home: Path, resolved: Resolved) -> BaseFiles:
     named = read_exchanged(index, BaseIndex).bases.get(resolved.base_hash, {}) if index.exists() else {}
     carried = {part: index.parent / name for part, name in named.items()}
     generator = resolved.study.generator
+    if generator.large:
+        return large_files(generator)
     vae = carried.get("vae") or _named(generator.vae, generator.vae_revision, "generator.vae")
     frozen = None
     if generator.train != "all":
@@ -104,21 +111,19 @@ def _named(source: str, revision: str | None, field: str) -> Path:
     return resolve(source, revision, field)
 
 
-def base_hash_of(files: BaseFiles, generator: GeneratorSettings) -> str:
+def base_hash_of(files: BaseFiles, study: Study) -> str:
     """Hash a study's frozen parts as they lie here, once a process.
 
     Raises:
         BadInput: A part is gone.
     """
-    text = resolve(generator.text_encoder, generator.text_encoder_revision, "generator.text_encoder")
-    return _hash_base(files.vae, text, generator.max_tokens, files.frozen)
-
-
-@lru_cache(maxsize=8)
-def _hash_base(vae: Path, text: Path, max_tokens: int, frozen: Path | None) -> str:
-    if not vae.exists() or (frozen is not None and not frozen.exists()):
-        raise BadInput(f"the base in {vae} is not there; restore it from the kit")
-    return hash_base(vae, text, max_tokens, frozen)
+    for path in (files.vae, files.frozen, files.pipeline):
+        if path is not None and not path.exists():
+            raise BadInput(f"the base in {path} is not there; restore it from the kit")
+    key = (files, study.generator, freezes_a(study))
+    if key not in _HASHES:
+        _HASHES[key] = hash_files(files, study)
+    return _HASHES[key]
 
 
 def watch_data(path: Path, home: Path, folder: Path, data: DataSettings, records: list[Record]) -> None:

@@ -11,8 +11,9 @@ from polyclinic.client.cli_approval import read_resolved
 from polyclinic.common.cli import common_options, show
 from polyclinic.common.data.units import WITHOUT_PATIENTS
 from polyclinic.common.files import write_atomic, write_json_atomic
+from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.settings import DataSettings, GeneratorSettings
+from polyclinic.common.settings import DataSettings
 from polyclinic.common.study import load_study
 
 Commands = Any  # argparse gives its subparsers no public type
@@ -109,6 +110,7 @@ def _cache(arguments: argparse.Namespace) -> None:
     from polyclinic.client.binding import site_base
     from polyclinic.client.intake import site_records
     from polyclinic.common.data.cache import build_cache
+    from polyclinic.common.device import pick_device
     from polyclinic.common.generators.base import load_family
 
     home = arguments.home
@@ -121,7 +123,7 @@ def _cache(arguments: argparse.Namespace) -> None:
     records = site_records(home, study.data, arguments.data)
     files = site_base(home, resolved)
     check_base(resolved, files)
-    family = load_family(study.generator, study.data.image_size, files.vae, frozen=files.frozen)
+    family = load_family(study, files, device=pick_device(study.training.device), network=False)
     name = build_cache(records, family, study.data, home / "cache")
     facts = {"cache": name, "images": len(records), "folder": str(home / "cache")}
     show(arguments, facts, f"{len(records):,} images are encoded for {study.name}: {home / 'cache'}")

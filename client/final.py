@@ -52,13 +52,7 @@ def receive_final(
     state = decode(study.federation.transport)
     path = final_path(home, approval)
     if not path.exists():
-        family = load_family(
-            study.generator,
-            study.data.image_size,
-            approval.files.vae,
-            frozen=approval.files.frozen,
-            encoders=False,
-        )
+        family = load_family(study, approval.files, encoders=False)
         check_like(state, trainable_state(family.module))
         path.parent.mkdir(mode=0o700, exist_ok=True)
         write_atomic(path, save(state), mode=0o600)

@@ -226,13 +226,7 @@ def _reasons(
 
 def _family(approval: Approval, state: Tensors) -> Family:
     study = approval.resolved.study
-    family = load_family(
-        study.generator,
-        study.data.image_size,
-        approval.files.vae,
-        frozen=approval.files.frozen,
-        device=pick_device(study.training.device),
-    )
+    family = load_family(study, approval.files, device=pick_device(study.training.device))
     load_trainable_state(family.module, state)
     return family
 

@@ -88,7 +88,7 @@ def check_study(policy: Policy, study: Study, base_hash: str = "") -> None:
     if study.training.test_key is not None and not policy.allow_test_randomness:
         raise Refusal("test-randomness-forbidden")
     if study.generator.family not in policy.families:
-        raise Refusal("policy-forbids", f"family {study.generator.family}")
+        raise Refusal("policy-forbids", f"family {study.generator.family} is not one of families")
     if policy.allowed_bases and base_hash not in policy.allowed_bases:
         raise Refusal("policy-forbids", f"base {base_hash[:8]} is not one of allowed_bases")
     if study.training.rounds > policy.max_rounds or study.total_steps > policy.max_steps:

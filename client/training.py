@@ -75,14 +75,7 @@ def answer_round(
             raise Refusal("round-too-late")
         device = pick_device(study.training.device)
         torch.set_num_threads(study.training.threads or torch.get_num_threads())
-        family = load_family(
-            study.generator,
-            study.data.image_size,
-            approval.files.vae,
-            frozen=approval.files.frozen,
-            device=device,
-            encoders=False,
-        )
+        family = load_family(study, approval.files, device=device, encoders=False)
         check_like(state, trainable_state(family.module))
         if study.privacy.enabled and (approval.id, device) not in _SELF_TESTED:
             self_test(family, study.privacy.engine, study.privacy.views)
@@ -90,6 +83,7 @@ def answer_round(
         data = load_cache(home / "cache", approval.cache_index)  # refuses before anything is spent
         residual = _residual(ledger, approval.id, order.round) if transport == "int8" else {}
         steps = study.training.steps_per_round
+        margin = tau(study.privacy.engine, family.dtype) if study.privacy.enabled else 0.0
         flops = float(view_flops(family) * study.privacy.views * approval.divisor * steps)
         reservation = ledger.reserve(
             approval=approval.id,
@@ -98,14 +92,14 @@ def answer_round(
             sigma=approval.sigma,
             rate=study.privacy.sampling_rate,
             steps=steps,
-            tau=tau(study.privacy.engine) if study.privacy.enabled else 0.0,
+            tau=margin,
         )
         meter = Meter(device)
 
         def make() -> bytes:
             with meter:
                 difference, tap = _train(approval, order.round, state, family, data, device)
-            facts = _facts(approval, order, ledger, reservation, flops)
+            facts = _facts(approval, order, ledger, reservation, flops, margin)
             return pack_reply(difference, facts, tap, transport, residual)
 
         reply = ledger.answer(approval.id, order.round, make)
@@ -137,8 +131,8 @@ def _train(
     engine: StepEngine
     if privacy.enabled:
         if privacy.canaries:
-            rate, clip = privacy.sampling_rate, privacy.clip
-            tap = Tap(approval.coins, random, rate=rate, clip=clip, margin=tau(privacy.engine), device=device)
+            rate, clip, margin = privacy.sampling_rate, privacy.clip, tau(privacy.engine, family.dtype)
+            tap = Tap(approval.coins, random, rate=rate, clip=clip, margin=margin, device=device)
         engine = PrivateEngine(
             family,
             data,
@@ -158,7 +152,12 @@ def _train(
 
 
 def _facts(
-    approval: Approval, order: RoundOrder, ledger: Ledger, reservation: Reservation, flops: float
+    approval: Approval,
+    order: RoundOrder,
+    ledger: Ledger,
+    reservation: Reservation,
+    flops: float,
+    margin: float,
 ) -> ReplyFacts:
     study = approval.resolved.study
     private = study.privacy.enabled
@@ -169,7 +168,7 @@ def _facts(
         steps=study.training.steps_per_round,
         clip=study.privacy.clip if private else float("inf"),
         divisor=approval.divisor,
-        tau=tau(study.privacy.engine) if private else 0.0,
+        tau=margin,
         epsilon=ledger.epsilon(approval.id),
         delta=study.privacy.delta,
         code_version=CODE_VERSION,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from polyclinic.common.settings import Section
+from polyclinic.common.section import Section
 
 
 class Prompt(Section):

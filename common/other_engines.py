@@ -71,7 +71,10 @@ def vmap_sum(family: Family, views: Views, clip: float, micro_batch: int) -> Ten
         Parameter name to clipped sum, finite always.
     """
     loss = _PatientLoss(family)
-    parameters = {f"module.{name}": p.detach() for name, p in trainable(family.module).items()}
+    trained = trainable(family.module)
+    # torch.func wants the module's own names, which for adapters are not those of states.
+    own = {id(p): name for name, p in family.module.named_parameters()}
+    parameters = {f"module.{own[id(p)]}": p.detach() for p in trained.values()}
     one = grad(lambda weights, patient: functional_call(loss, weights, (patient,)))
     many = vmap(one, in_dims=(None, 0))
     sums = zeros(family)
@@ -80,7 +83,7 @@ def vmap_sum(family: Family, views: Views, clip: float, micro_batch: int) -> Ten
         # The fused attention kernels have no batching rule; the plain formula has.
         with sdpa_kernel(SDPBackend.MATH):
             gradients = many(parameters, part)
-        found = {name.removeprefix("module."): g for name, g in gradients.items()}
+        found = {name: gradients[f"module.{own[id(p)]}"] for name, p in trained.items()}
         accumulate(sums, found, clip, margin=margin)
     return sums
 

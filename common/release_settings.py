@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from polyclinic.common.settings import Section
+from polyclinic.common.section import Section
 
 
 class ReleaseSettings(Section):

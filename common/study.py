@@ -20,15 +20,15 @@ from pydantic import Field, ValidationError, model_validator
 from polyclinic.common.cost_settings import CostSettings
 from polyclinic.common.evaluation_settings import EvaluationSettings
 from polyclinic.common.files import canonical_json
+from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.release_settings import ReleaseSettings
+from polyclinic.common.section import Section
 from polyclinic.common.settings import (
     DataSettings,
     FederationSettings,
-    GeneratorSettings,
     PrivacySettings,
     ReferenceSettings,
-    Section,
     SimulationSettings,
     TrainingSettings,
 )
@@ -64,6 +64,13 @@ class Study(Section):
                 f'generator.train = "{self.generator.train}" needs a generator.warm_start: '
                 "what is frozen would stay untrained"
             )
+        if self.generator.large and self.privacy.enabled:
+            lowered = self.generator.precision == "bf16"
+            if lowered and self.privacy.engine not in ("bookkeeping", "loop"):
+                raise ValueError(
+                    f'privacy.engine = "{self.privacy.engine}" has no proven error bound in bf16: write '
+                    '"bookkeeping", or generator.precision = "fp32"'
+                )
         if self.federation.quorum and self.federation.quorum < self.federation.min_sites:
             raise ValueError("federation.quorum must be at least federation.min_sites")
         if self.simulation:

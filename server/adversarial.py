@@ -17,8 +17,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polyclinic.common.generator_settings import VaeTraining
 from polyclinic.common.progress import track
-from polyclinic.common.settings import VaeTraining
 
 
 def patch_discriminator() -> nn.Sequential:

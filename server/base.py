@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from polyclinic.common.data.pixels import snapshot_hash
 from polyclinic.common.device import pick_device
 from polyclinic.common.files import canonical_json
 from polyclinic.common.generators.base import BaseFiles, Tensors, load_family, load_weights, trainable_state
-from polyclinic.common.generators.public import hash_base, hash_source, hash_state, resolve
+from polyclinic.common.generators.checkpoint import hash_checkpoint, hash_files, large_files, licence
+from polyclinic.common.generators.public import hash_source, hash_state, resolve
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Resolved, Study
 from polyclinic.server.evaluation.features import FeatureStore
@@ -54,6 +56,8 @@ def prepare_base(home: Path, study: Study, reference: Reference) -> Base:
     generator = study.generator
     pick_device(study.training.device)
     check_evaluation(study, reference)
+    if generator.large:
+        return _prepare_large(study, reference)
     if study.data.image_size % 8:
         raise BadInput(f"`data.image_size = {study.data.image_size}`: must be a multiple of 8")
     if generator.vae == REFERENCE:
@@ -64,14 +68,14 @@ def prepare_base(home: Path, study: Study, reference: Reference) -> Base:
     path = _start(home, study, reference, vae)
     # Where only a part of the network trains, the rest of the warm start is base: it never travels.
     frozen = path if generator.train != "all" else None
-    family = load_family(generator, study.data.image_size, vae, frozen=frozen, encoders=False)
+    files = BaseFiles(vae=vae.resolve(), frozen=frozen and frozen.resolve())
+    family = load_family(study, files, encoders=False)
     if path is not None:
         load_weights(family.module, path)
     start = trainable_state(family.module)
-    text = resolve(generator.text_encoder, generator.text_encoder_revision, "generator.text_encoder")
     resolved = Resolved(
         study=study,
-        base_hash=hash_base(vae, text, generator.max_tokens, frozen),
+        base_hash=hash_files(files, study),
         start_hash=hash_state(start),
         reference_hash=reference.hash,
         public=public_scale(
@@ -79,7 +83,23 @@ def prepare_base(home: Path, study: Study, reference: Reference) -> Base:
         ),
     )
     costs = [line for part in (vae, path) if part for line in _read_cost(home, part)]
-    return Base(BaseFiles(vae=vae.resolve(), frozen=frozen and frozen.resolve()), start, resolved, costs)
+    return Base(files, start, resolved, costs)
+
+
+def _prepare_large(study: Study, reference: Reference) -> Base:
+    """Find a pretrained model, and draw its adapters' start from the study's public seed."""
+    files = large_files(study.generator)
+    assert files.pipeline is not None
+    print(f"Terms of the base: {licence(study.generator, files.pipeline)}", file=sys.stderr)
+    _check(hash_checkpoint(files.pipeline), study.generator.base_sha256, "generator.base_sha256")
+    start = trainable_state(load_family(study, files, encoders=False).module)
+    resolved = Resolved(
+        study=study,
+        base_hash=hash_files(files, study),
+        start_hash=hash_state(start),
+        reference_hash=reference.hash,
+    )
+    return Base(files, start, resolved, [])
 
 
 def _vae(home: Path, study: Study, reference: Reference) -> Path:

@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     common_options(command)
     command.set_defaults(act=_generate)
 
-    command = commands.add_parser("export", help="save the generator as a diffusers pipeline")
+    command = commands.add_parser("export", help="save the generator as diffusers loads it")
+    command.add_argument(
+        "--merged", action="store_true", help="a large model's whole pipeline instead of its adapters"
+    )
     command.add_argument("run", type=Path, metavar="RUN")
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     command.add_argument("--round", type=int)
@@ -63,12 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from polyclinic.server.plan import local_vae, plan, words
+    from polyclinic.server.plan import local_files, plan, words
     from polyclinic.server.plan_cost import measure_speed
 
     study = load_study(arguments.study)
-    vae = local_vae(study, str(arguments.study))
-    planned = plan(study, speed=measure_speed(study, vae) if arguments.measure else None)
+    files = local_files(study, str(arguments.study), weights=arguments.measure)
+    planned = plan(study, speed=measure_speed(study, files) if arguments.measure else None)
     show(arguments, json.loads(planned.model_dump_json()), words(planned))
 
 
@@ -80,6 +83,11 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
     study = load_study(arguments.study)
     part = read_reference(study, arguments.reference).pretrain
+    if study.generator.large:
+        raise BadInput(
+            f"{arguments.study}: family = '{study.generator.family}' starts from generator.base; only MSDM "
+            "is pretrained here"
+        )
     if not part:
         raise BadInput("the reference's pretrain part is empty; raise reference.pretrain in the study")
     out: Path = arguments.out
@@ -122,12 +130,10 @@ def _export(arguments: argparse.Namespace) -> None:
     from polyclinic.server.release import export, open_generator
 
     _, family = open_generator(arguments.run, arguments.round)
-    export(family, arguments.out)
-    show(
-        arguments,
-        {"out": str(arguments.out)},
-        f"{arguments.out}: load it with diffusers' StableDiffusionPipeline",
-    )
+    export(family, arguments.out, merged=arguments.merged)
+    adapters = (arguments.out / "pytorch_lora_weights.safetensors").exists()
+    words = "its README.md says how diffusers loads it" if adapters else "load it with diffusers"
+    show(arguments, {"out": str(arguments.out), "adapters": adapters}, f"{arguments.out}: {words}")
 
 
 if __name__ == "__main__":

@@ -102,6 +102,14 @@ def gather(ca: x509.Certificate, resolved: Resolved, files: BaseFiles, contact: 
         BadInput: The study names a part that can neither travel nor be found at a site.
     """
     generator = resolved.study.generator
+    if generator.large:
+        if _only_here(str(generator.base)):
+            raise BadInput(
+                f"`generator.base = {generator.base!r}` is a folder on this machine, and a kit cannot carry "
+                "a large model; name its Hugging Face id with generator.base_revision; a site "
+                "without a network takes it with `polyclinic-client base add FOLDER`"
+            )
+        return Contents(ca, resolved, {}, BaseIndex(), contact)
     if _only_here(generator.text_encoder):
         raise BadInput(
             f"`generator.text_encoder = {generator.text_encoder!r}` is a folder on this machine, which no "
@@ -109,6 +117,7 @@ def gather(ca: x509.Certificate, resolved: Resolved, files: BaseFiles, contact: 
         )
     parts: dict[str, Path] = {}
     named: dict[Literal["vae", "frozen"], str] = {}
+    assert files.vae is not None
     if _only_here(generator.vae):
         named["vae"] = f"vae-{sha256_folder(files.vae)[:12]}"
         parts[named["vae"]] = files.vae

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
 from polyclinic.common.calibration import study_noise
 from polyclinic.common.cost import count_flops, view_flops
 from polyclinic.common.features.load import check_extractors
-from polyclinic.common.generators.base import Family, load_family, trainable
+from polyclinic.common.generators.base import BaseFiles, Family, load_family, trainable
+from polyclinic.common.generators.checkpoint import large_files, licence
 from polyclinic.common.generators.public import is_hub_id, resolve
 from polyclinic.common.privacy.accounting import History, claim, epsilon_pld, epsilon_rdp
 from polyclinic.common.refusals import BadInput
@@ -69,7 +69,8 @@ class Plan(Part):
         name: Short name of the study.
         private: Whether sites train under differential privacy.
         unit: Privacy unit, `patient` or `image`.
-        generator: Family and size.
+        generator: Family and size, or what it adapts.
+        licence: Terms of a large model's base; "" for MSDM.
         image_size: Pixels a side.
         trainable_parameters: Parameters that travel.
         rounds: Rounds of the study.
@@ -102,6 +103,7 @@ class Plan(Part):
     private: bool
     unit: str
     generator: str
+    licence: str
     image_size: int
     trainable_parameters: int
     rounds: int
@@ -152,9 +154,8 @@ def plan(
     """
     _check_size(study, source)
     check_extractors(study.evaluation.extractors, download=False)
-    family = load_family(
-        study.generator, study.data.image_size, local_vae(study, source), device="meta", encoders=False
-    )
+    files = local_files(study, source)
+    family = load_family(study, files, device="meta", encoders=False)
     state = {name: p.detach() for name, p in trainable(family.module).items()}
     parameters = sum(p.numel() for p in state.values())
     view, privacy, rounds = view_flops(family), study.privacy, study.training.rounds
@@ -172,7 +173,8 @@ def plan(
         name=study.name,
         private=privacy.enabled,
         unit=study.data.unit,
-        generator=f"{study.generator.family}, size {study.generator.size}",
+        generator=study.generator.words,
+        licence=licence(study.generator, files.pipeline),
         image_size=study.data.image_size,
         trainable_parameters=parameters,
         rounds=rounds,
@@ -223,6 +225,7 @@ def words(plan: Plan) -> str:
     lines = [
         f"Study {plan.name}: {plan.generator}, {plan.image_size} px, "
         f"{plan.trainable_parameters / 1e6:.1f} M trainable parameters.",
+        *([f"Terms of the base: {plan.licence}"] if plan.licence else []),
         f"{count(plan.rounds, 'round')} x {count(plan.steps_per_round, 'step')} = "
         f"{plan.steps:,} steps a site.",
         "",
@@ -267,18 +270,24 @@ def _check_size(study: Study, source: str) -> None:
         )
 
 
-def local_vae(study: Study, source: str) -> Path | None:
-    """Find the autoencoder where it is on this machine; a forecast downloads and trains none."""
+def local_files(study: Study, source: str, *, weights: bool = False) -> BaseFiles:
+    """Find the public parts where they are on this machine; a forecast downloads and trains none.
+
+    A large model is counted from its configuration, which is fetched where it is named by an id; its weights
+    are, too, where it is to be timed.
+    """
+    if study.generator.large:
+        return large_files(study.generator, weights=weights)
     name = study.generator.vae
     if name == "reference" or is_hub_id(name):
-        return None
+        return BaseFiles()
     folder = resolve(name, study.generator.vae_revision, "generator.vae")
     if not (folder / "config.json").is_file():
         raise BadInput(
             f"{source}: field `generator.vae`: {folder} holds no config.json; "
             "name a folder that diffusers saved"
         )
-    return folder
+    return BaseFiles(vae=folder)
 
 
 @lru_cache(maxsize=64)

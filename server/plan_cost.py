@@ -19,7 +19,7 @@ from polyclinic.common.adapters import trained
 from polyclinic.common.cost import Measurement, Meter, in_sequence
 from polyclinic.common.device import pick_device
 from polyclinic.common.files import write_json_atomic
-from polyclinic.common.generators.base import Family, Tensors, Views, load_family, trainable
+from polyclinic.common.generators.base import BaseFiles, Family, Tensors, Views, load_family, trainable
 from polyclinic.common.privacy.clipping import ENGINES
 from polyclinic.common.privacy.random import KeyedRandom, StepNoise
 from polyclinic.common.settings import Transport
@@ -57,16 +57,16 @@ class Speed(Part):
     threads: int
 
 
-def measure_speed(study: Study, vae: Path | None) -> Speed:
-    """Time the study's network on this machine, with random weights and inputs that show nobody.
+def measure_speed(study: Study, files: BaseFiles) -> Speed:
+    """Time the study's network on this machine, with inputs that show nobody.
 
     Args:
         study: The study.
-        vae: Folder of its autoencoder, whose latents the network takes; None before it is trained.
+        files: Its base; without an autoencoder before that is trained. MSDM's weights are random here.
     """
     device, privacy = pick_device(study.training.device), study.privacy
     torch.set_num_threads(study.training.threads or torch.get_num_threads())
-    family = load_family(study.generator, study.data.image_size, vae, device=device, encoders=False)
+    family = load_family(study, files, device=device, encoders=False)
 
     def learn(count: int) -> None:
         views = family.synthetic_views(count * privacy.views)
@@ -92,10 +92,10 @@ def measure_speed(study: Study, vae: Path | None) -> Speed:
     )
 
 
-def keep_speed(run_dir: Path, study: Study, vae: Path) -> None:
+def keep_speed(run_dir: Path, study: Study, files: BaseFiles) -> None:
     """Measure this machine before a run's first round, once, for the forecast in its report."""
     if not (run_dir / SPEED).exists():
-        write_json_atomic(run_dir / SPEED, measure_speed(study, vae).model_dump(mode="json"))
+        write_json_atomic(run_dir / SPEED, measure_speed(study, files).model_dump(mode="json"))
 
 
 def kept_speed(run_dir: Path) -> Speed | None:

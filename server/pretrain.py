@@ -20,7 +20,7 @@ from polyclinic.common.data.holdout import position
 from polyclinic.common.data.pixels import load_pixels
 from polyclinic.common.data.table import Record
 from polyclinic.common.files import write_atomic
-from polyclinic.common.generators.base import Tensors, Views, load_family, trainable
+from polyclinic.common.generators.base import BaseFiles, Tensors, Views, load_family, trainable
 from polyclinic.common.progress import say, track
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study
@@ -155,9 +155,8 @@ def pretrain_generator(
         device: Where to train.
     """
     settings = study.generator.warm_start_training
-    family = load_family(
-        study.generator.model_copy(update={"train": "all"}), study.data.image_size, vae, device=device
-    )
+    whole = study.generator.model_copy(update={"train": "all"})
+    family = load_family(study.model_copy(update={"generator": whole}), BaseFiles(vae=vae), device=device)
     pixels = load_pixels(records, study.data.image_size, study.data.fit)
     image = _encode(family, pixels)
     texts = [_texts(record, study) for record in records]

@@ -45,22 +45,27 @@ def open_generator(run_dir: Path, number: int | None) -> tuple[Resolved, Family]
     resolved = load_resolved(run_dir)
     place = run_dir / "base.json"
     files = BaseFiles.model_validate_json(place.read_text(encoding="utf-8"))
-    for path in (files.vae, files.frozen):
+    for path in (files.vae, files.frozen, files.pipeline):
         if path is not None and not path.exists():
             raise BadInput(f"{run_dir}: its base is no longer at {path}; put it back, or correct {place}")
     study = resolved.study
     device = pick_device(study.training.device)
-    family = load_family(
-        study.generator, study.data.image_size, files.vae, frozen=files.frozen, device=device
-    )
+    family = load_family(study, files, device=device)
     if family.base_hash != resolved.base_hash:
-        raise BadInput(f"{files.vae}: another base than the run was trained on; put the right one back")
+        raise BadInput(
+            f"{files.vae or files.pipeline}: another base than the run was trained on; put the right one back"
+        )
     load_state(family, load_checkpoint(run_dir, number).average)
     return resolved, family
 
 
-def export(family: Family, folder: Path) -> None:
-    """Save the whole pipeline in diffusers' format, safetensors only, whole or not at all.
+def export(family: Family, folder: Path, *, merged: bool = False) -> None:
+    """Save what plain diffusers loads, safetensors only, whole or not at all.
+
+    Args:
+        family: With the state to export.
+        folder: A new one. MSDM's whole pipeline goes there, or a large model's adapters.
+        merged: A large model's whole pipeline, its adapters added to the base's weights.
 
     Raises:
         BadInput: The folder exists.
@@ -70,7 +75,7 @@ def export(family: Family, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        family.pipeline().save_pretrained(temporary, safe_serialization=True)
+        family.save(temporary, merged=merged)
         temporary.chmod(0o755)
         temporary.rename(folder)
     finally:

@@ -57,7 +57,7 @@ def simulate(
         )
     say(f"run {run_dir}" + ("" if study.privacy.enabled else "  [NOT PRIVATE]"))
     homes = open_run(run_dir, base, federation)
-    keep_speed(run_dir, study, base.files.vae)
+    keep_speed(run_dir, study, base.files)
     judge = Judge(run_dir, base.resolved, reference, base.files, home / "features")
     judge.judge_missing()
     if engine == "ray":
@@ -100,6 +100,7 @@ def write_policy(home: Path, site: SimulatedSite, study: Study) -> None:
         f"epsilon_per_study = {site.epsilon_cap}",
         f"epsilon_total = {site.epsilon_cap}",
         f"min_patients = {site.min_patients}",
+        f"families = {json.dumps([study.generator.family])}",
         f"allow_not_private = {json.dumps(not study.privacy.enabled)}",
         f"allow_test_randomness = {json.dumps(study.training.test_key is not None)}",
     ]

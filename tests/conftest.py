@@ -15,10 +15,10 @@ from polyclinic.client.ledger_books import create_ledger
 from polyclinic.common.data.cache import Cached
 from polyclinic.common.data.table import Record
 from polyclinic.common.features.efficientnet import efficientnet
+from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.generators.base import BaseFiles, Tensors, trainable_state
 from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.generators.public import hash_base, resolve
-from polyclinic.common.settings import GeneratorSettings
 from polyclinic.common.study import PublicScale, Resolved, Study, parse_study
 from polyclinic.common.wire_reading import RoundOrder
 from tests.browser import Browser

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from polyclinic.client.check.identifiers import in_text, masked
+from polyclinic.common.generator_settings import GeneratorSettings
+from polyclinic.common.generators.checkpoint import large_files
+from polyclinic.common.generators.families import FAMILIES
 from polyclinic.common.generators.public import resolve
-from polyclinic.common.settings import GeneratorSettings
 
 # The replacement character; control characters; UTF-8 read as Windows-1252 and written again.
 _DAMAGED = re.compile(
@@ -40,8 +42,13 @@ class Limit:
     def __init__(self, settings: GeneratorSettings) -> None:
         from transformers import AutoTokenizer
 
-        text = resolve(settings.text_encoder, settings.text_encoder_revision, "generator.text_encoder")
-        self.most = settings.max_tokens
+        if settings.large:
+            pipeline, facts = large_files(settings, weights=False).pipeline, FAMILIES[settings.family]
+            assert pipeline is not None
+            text, self.most = pipeline / facts.tokenizer, facts.tokens or settings.max_tokens
+        else:
+            text = resolve(settings.text_encoder, settings.text_encoder_revision, "generator.text_encoder")
+            self.most = settings.max_tokens
         self._tokenizer: Any = AutoTokenizer.from_pretrained(text, trust_remote_code=False)
 
     def lengths(self, captions: Sequence[str]) -> list[int]:

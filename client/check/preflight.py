@@ -21,9 +21,10 @@ from polyclinic.common.data.pixels import spread
 from polyclinic.common.data.pixels import workers as workers_here
 from polyclinic.common.data.sources import read_table
 from polyclinic.common.data.table import Record, Table
+from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.progress import track
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.settings import DataSettings, GeneratorSettings
+from polyclinic.common.settings import DataSettings
 
 EXAMPLES = 5
 # A look that says nothing about the image itself is asked for again next time.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,13 +17,18 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from polyclinic.common.generators.families import FAMILIES
 from polyclinic.common.generators.public import load_start
 from polyclinic.common.refusals import BadInput
 
 if TYPE_CHECKING:
-    from polyclinic.common.settings import GeneratorSettings
+    from polyclinic.common.evaluation_settings import EvaluationSettings
+    from polyclinic.common.study import Study
 
 Tensors = dict[str, Tensor]
+
+# What PEFT calls the one adapter of a network.
+ADAPTER = "default"
 
 
 @dataclass
@@ -63,6 +69,8 @@ class Family(Protocol):
     base_hash: str
     module: nn.Module
     """The network that holds the trainable parameters; its forward is called through `view_losses`."""
+    dtype: torch.dtype
+    """What the network computes in."""
 
     def encode_image(self, pixels: Tensor) -> Tensors:
         """Encode `[B, 3, H, W]` pixels in [-1, 1] into cached tensors `[B, ...]`."""
@@ -88,24 +96,55 @@ class Family(Protocol):
         """Assemble the diffusers pipeline around the current weights."""
         ...
 
+    def draw(
+        self,
+        pipeline: Any,
+        prompts: list[str],
+        generators: list[torch.Generator],
+        settings: EvaluationSettings,
+        size: int,
+    ) -> Tensor:
+        """Draw one image a prompt with what `pipeline` returned, `[B, 3, size, size]` in [0, 1]."""
+        ...
+
+    def save(self, folder: Path, *, merged: bool) -> None:
+        """Write what plain diffusers loads into an empty folder, safetensors only.
+
+        Args:
+            folder: Where.
+            merged: The whole pipeline also where the usual export is adapters beside their base.
+        """
+        ...
+
 
 class BaseFiles(BaseModel):
     """Where a study's frozen public parts lie on this machine.
 
     Attributes:
-        vae: Folder of the autoencoder.
-        frozen: Weights of the whole network, where only a part of it trains.
+        vae: Folder of MSDM's autoencoder; None for a large model, or where it is not there yet.
+        frozen: MSDM's weights of the whole network, where only a part of it trains.
+        pipeline: Folder of a large model's pretrained pipeline.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    vae: Path
+    vae: Path | None = None
     frozen: Path | None = None
+    pipeline: Path | None = None
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require a gradient, by name, in a fixed order."""
-    return {name: p for name, p in sorted(module.named_parameters()) if p.requires_grad}
+    return {name: p for name, p in sorted(named(module).items()) if p.requires_grad}
+
+
+def named(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return all parameters by the name that they have in states.
+
+    PEFT puts an adapter's own name before the last part, `to_q.lora_A.default.weight`; states and exports
+    are without it, `to_q.lora_A.weight`, as PEFT's own files are.
+    """
+    return {name.replace(f".{ADAPTER}.weight", ".weight"): p for name, p in module.named_parameters()}
 
 
 def trainable_state(module: nn.Module) -> Tensors:
@@ -152,25 +191,44 @@ def in_batches(items: list[Any], size: int) -> Iterable[list[Any]]:
         yield items[start : start + size]
 
 
+def run_pipeline(
+    pipeline: Any, prompts: list[str], generators: list[torch.Generator], **arguments: Any
+) -> Tensor:
+    """Call a text-to-image pipeline; the images are `[B, 3, H, W]` in [0, 1] on the CPU."""
+    output = pipeline(prompt=prompts, generator=generators, output_type="pt", **arguments)
+    images: Tensor = output.images
+    return images.float().cpu()
+
+
 def load_family(
-    settings: GeneratorSettings,
-    image_size: int,
-    vae: Path | None,
+    study: Study,
+    files: BaseFiles | None,
     *,
-    frozen: Path | None = None,
     device: str = "cpu",
     encoders: bool = True,
+    network: bool = True,
+    rank: int | None = None,
 ) -> Family:
-    """Load a generator with its public base.
+    """Load a study's generator with its public base.
 
     Args:
-        settings: The study's generator table.
-        image_size: Pixels a side.
-        vae: Folder of the frozen autoencoder; None where it is not there yet: enough to count operations.
-        frozen: Weights of the whole network, where only a part of it trains: they belong to the base.
-        device: Where it lives.
-        encoders: False leaves VAE and text encoder on disk: training reads the cache instead.
-    """
-    from polyclinic.common.generators.msdm import Msdm
+        study: Its generator, image size and, for what is frozen, its aggregation.
+        files: Where the frozen parts lie; None where they are not there yet: enough to count operations.
+        device: Where it lives; "meta" allocates nothing.
+        encoders: False leaves VAE and text encoders on disk: training reads the cache instead.
+        network: False leaves a large model's network on disk: encoding does not need it.
+        rank: A site's own rank of a large model's adapters, at most the study's.
 
-    return Msdm(settings, image_size, vae, frozen=frozen, device=device, encoders=encoders)
+    Raises:
+        BadInput: The base or its adapters are not what the study says.
+    """
+    settings, size, files = study.generator, study.data.image_size, files or BaseFiles()
+    if not settings.large:
+        from polyclinic.common.generators.msdm import Msdm
+
+        return Msdm(settings, size, files.vae, frozen=files.frozen, device=device, encoders=encoders)
+    module, maker = FAMILIES[settings.family].maker.split(":")
+    found: Family = getattr(import_module(f"polyclinic.common.generators.{module}"), maker)(
+        study, files, device=device, encoders=encoders, network=network, rank=rank
+    )
+    return found

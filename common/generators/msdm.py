@@ -31,11 +31,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from polyclinic.common.generators.base import Tensors, Views, load_weights
+from polyclinic.common.generators.base import Tensors, Views, load_weights, run_pipeline
+from polyclinic.common.generators.diffusion import cumulative_alphas, ddpm, shift_time, view_errors
 from polyclinic.common.generators.public import hash_base, resolve
 
 if TYPE_CHECKING:
-    from polyclinic.common.settings import GeneratorSettings
+    from polyclinic.common.evaluation_settings import EvaluationSettings
+    from polyclinic.common.generator_settings import GeneratorSettings
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -103,21 +105,10 @@ def train_only(unet: nn.Module, part: str) -> None:
         parameter.requires_grad_(inside(name))
 
 
-def shift_time(time: Tensor, shift: float) -> Tensor:
-    """Move diffusion times towards noise (Esser et al. 2024, 2403.03206): s t / (1 + (s - 1) t).
-
-    Args:
-        time: In [0, 1); 1 is pure noise.
-        shift: s, above 0; 1 changes nothing, 3 moves the median from 0.5 to 0.75.
-
-    Returns:
-        Times in [0, 1], of the same shape.
-    """
-    return shift * time / (1 + (shift - 1) * time)
-
-
 class Msdm:
     """The MSDM family. See `base.Family`."""
+
+    dtype = torch.float32
 
     def __init__(
         self,
@@ -169,9 +160,11 @@ class Msdm:
         if frozen is not None:
             load_weights(self.module, frozen)
         train_only(self.module, settings.train)
+        if settings.gradient_checkpointing:
+            self.module.enable_gradient_checkpointing()
         self.module.train()
         betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
-        self.alphas = torch.cumprod(1 - betas, 0).float().to(device)
+        self.alphas = cumulative_alphas(betas).to(device)
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Tensors:
@@ -201,21 +194,11 @@ class Msdm:
         2006.11239; Salimans & Ho 2022, 2202.00512), min-SNR weighted where asked (2303.09556).
         """
         latent = views.image["mean"] + views.image["std"] * views.normal[:, 0]
-        noise = views.normal[:, 1]
-        # A gather instead of indexing keeps this a pure function that torch.func can map.
-        time = shift_time(views.uniform, self.settings.timestep_shift)
-        step = (time * TRAIN_STEPS).long().clamp(0, TRAIN_STEPS - 1)
-        alpha = self.alphas.gather(0, step)[:, None, None, None]
-        noisy = alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
-        v = self.settings.prediction == "v_prediction"
-        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latent if v else noise
-        predicted = self.module(noisy, step, views.prompt["states"]).sample
-        error = (predicted - target).flatten(1)
-        loss = error.abs().mean(1) if self.settings.loss == "l1" else error.square().mean(1)
-        if self.settings.snr_gamma is not None:
-            snr = (alpha / (1 - alpha)).flatten()
-            loss = loss * snr.clamp(max=self.settings.snr_gamma) / (snr + 1 if v else snr)
-        return loss
+        settings = self.settings
+        time = shift_time(views.uniform, settings.timestep_shift)
+        noised = ddpm(latent, views.normal[:, 1], time, self.alphas, settings.prediction, settings.snr_gamma)
+        predicted = self.module(noised.sample, noised.time, views.prompt["states"]).sample
+        return view_errors(predicted, noised, settings.loss)
 
     def synthetic_views(self, count: int) -> Views:
         """Views of the cached shapes that show nobody: for counting operations and for self-tests."""
@@ -269,3 +252,27 @@ class Msdm:
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def draw(
+        self,
+        pipeline: Any,
+        prompts: list[str],
+        generators: list[torch.Generator],
+        settings: EvaluationSettings,
+        size: int,
+    ) -> Tensor:
+        """Draw one image a prompt: see `base.Family`."""
+        return run_pipeline(
+            pipeline,
+            prompts,
+            generators,
+            height=size,
+            width=size,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            eta=settings.eta,
+        )
+
+    def save(self, folder: Path, *, merged: bool = True) -> None:
+        """Write the whole pipeline: it has no other form."""
+        self.pipeline().save_pretrained(folder, safe_serialization=True)

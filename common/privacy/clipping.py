@@ -44,7 +44,7 @@ def tau(engine: str, dtype: torch.dtype = torch.float32) -> float:
 def compute_dtype(family: Family) -> torch.dtype:
     """Return what the generator computes in just now."""
     device = next(family.module.parameters()).device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else family.dtype
 
 
 def clip_factors(squared_norms: Tensor, clip: float, margin: float = TAU) -> Tensor:

@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from polyclinic.common.files import sha256_file, write_json_atomic
 from polyclinic.common.reader_study.images import REAL
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.settings import Section
+from polyclinic.common.section import Section
 from polyclinic.common.study import explain
 
 NAME = "key.json"

@@ -15,7 +15,7 @@ from polyclinic.common.device import pick_device
 from polyclinic.common.drawing import sample
 from polyclinic.common.features.efficientnet import efficientnet
 from polyclinic.common.files import naming_full_disk, write_atomic
-from polyclinic.common.generators.base import BaseFiles, Family, Tensors, load_family
+from polyclinic.common.generators.base import BaseFiles, Family, Tensors, load_family, named
 from polyclinic.common.study import Resolved
 from polyclinic.server.checkpoints import Checkpoint, load_checkpoint, rounds_done
 from polyclinic.server.evaluation.features import FeatureStore
@@ -78,13 +78,7 @@ class Judge:
         """Draw all prompts, `[prompts * draws, 3, H, W]` in [0, 1], a prompt's draws side by side."""
         settings = self.study.evaluation
         if self._family is None:
-            self._family = load_family(
-                self.study.generator,
-                self.study.data.image_size,
-                self.files.vae,
-                frozen=self.files.frozen,
-                device=self._device,
-            )
+            self._family = load_family(self.study, self.files, device=self._device)
         load_state(self._family, state)
         wanted = [(prompt.text, draw) for prompt in settings.prompts for draw in range(settings.draws)]
         return sample(self._family, self.study, wanted, label)
@@ -96,7 +90,7 @@ class Judge:
 
 def load_state(family: Family, state: Tensors) -> None:
     """Put a trainable state into a family, whatever part of it trains."""
-    parameters = dict(family.module.named_parameters())
+    parameters = named(family.module)
     with torch.no_grad():
         for name, tensor in state.items():
             parameters[name].copy_(tensor)

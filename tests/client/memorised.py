@@ -88,7 +88,7 @@ def trained_site(
     )
     create_ledger(home, "site", simulated=True)
     approval = prepare_and_approve(home, "site", resolved, own, BaseFiles(vae=vae))
-    family = load_family(study.generator, 64, vae, encoders=False)
+    family = load_family(study, BaseFiles(vae=vae), encoders=False)
     load_weights(family.module, resolve("package:phantom/start.safetensors", None, "x"))
     start = trainable_state(family.module)
     order = RoundOrder(round=1, study_hash=resolved.hash)

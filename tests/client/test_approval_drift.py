@@ -52,7 +52,7 @@ def hospital(make_site: Any, tmp_path: Path) -> Any:
     index = {"bases": {site.resolved.base_hash: {"vae": "vae-0123456789ab"}}}
     (kit / BASE_INDEX).write_text(json.dumps(index))
     (kit / "study.json").write_text(site.resolved.model_dump_json())
-    binding._hash_base.cache_clear()
+    binding._HASHES.clear()
     return site
 
 
@@ -69,7 +69,7 @@ def kinds(site: Any) -> list[str]:
 
 
 def refusal(site: Any) -> str:
-    binding._hash_base.cache_clear()  # as in the next message's process
+    binding._HASHES.clear()  # as in the next message's process
     with pytest.raises(Refusal, match="approval-drift") as raised:
         require_approval(site.home, site.resolved.hash)
     return raised.value.detail

@@ -26,8 +26,9 @@ from polyclinic.client.check.workers import started
 from polyclinic.client.intake import make_snapshot, site_records
 from polyclinic.common.data.images import open_image
 from polyclinic.common.data.sources import read_records
+from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.settings import DataSettings, GeneratorSettings
+from polyclinic.common.settings import DataSettings
 from tests.common.made_sets import SETS, csv_folder, dicom, draw
 
 GENERATOR = GeneratorSettings(max_tokens=16)

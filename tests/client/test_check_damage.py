@@ -16,8 +16,9 @@ from polyclinic.client.check.preflight import preflight
 from polyclinic.client.check.worker import MEMORY
 from polyclinic.common.data.images import UnusableImage, open_image
 from polyclinic.common.data.sources import read_records
+from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.settings import DataSettings, GeneratorSettings
+from polyclinic.common.settings import DataSettings
 from tests.client.damaged import DICOMS, IMAGES, gray
 from tests.common.made_sets import draw, write_dicom
 

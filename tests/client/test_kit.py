@@ -134,6 +134,7 @@ def test_the_base_that_came_with_the_kit_is_used(made: Joining) -> None:
     values = json.loads((made.site("a") / "kit" / "study.json").read_text())
     resolved = Resolved.model_validate(values)
     files = site_base(made.site("a"), resolved)
+    assert files.vae is not None
     assert made.site("a").resolve() in files.vae.parents
     assert sha256_folder(files.vae) == sha256_folder(made.vae)
     generator = values["study"]["generator"] | {"vae": "reference"}

@@ -20,9 +20,10 @@ from polyclinic.common.data.images import open_image
 from polyclinic.common.data.pixels import snapshot_hash
 from polyclinic.common.data.preprocess import preprocess
 from polyclinic.common.data.table import Record
+from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.refusals import BadInput, Refusal
-from polyclinic.common.settings import DataSettings, GeneratorSettings
+from polyclinic.common.settings import DataSettings
 
 SETTINGS = GeneratorSettings(size="msdm-tiny", max_tokens=16)
 DATA = DataSettings(image_size=32)
@@ -36,7 +37,8 @@ from polyclinic.common.data import cache
 from polyclinic.common.data.table import Record
 from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.settings import DataSettings, GeneratorSettings
+from polyclinic.common.generator_settings import GeneratorSettings
+from polyclinic.common.settings import DataSettings
 
 images, vae, folder, hang_after = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 cache.IMAGES_A_SHARD = {SHARD}

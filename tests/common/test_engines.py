@@ -12,11 +12,11 @@ import torch
 from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 
+from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.generators.base import Tensors, Views, trainable, trainable_state
 from polyclinic.common.generators.msdm import Msdm, train_only
 from polyclinic.common.privacy.clipping import ENGINES, tau
 from polyclinic.common.refusals import Refusal
-from polyclinic.common.settings import GeneratorSettings
 
 
 def views_for(family: Msdm, patients: int, views: int, seed: int = 0) -> Views:
@@ -30,7 +30,8 @@ def views_for(family: Msdm, patients: int, views: int, seed: int = 0) -> Views:
         for name, t in flat.items()
     }
     folded = {name: t.reshape(patients, views, *t.shape[1:]) for name, t in made.items()}
-    folded["image.mean"] *= (1 + torch.arange(patients).float()).view(-1, 1, 1, 1, 1)
+    shown = "image.mean" if "image.mean" in folded else "image.latent"
+    folded[shown] *= (1 + torch.arange(patients).float()).view(-1, 1, 1, 1, 1)
     return Views.of(folded)
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from polyclinic.common.data.cache import Cached
+from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.generators.base import (
     Views,
-    load_family,
     load_trainable_state,
     trainable,
     trainable_state,
@@ -25,13 +25,12 @@ from polyclinic.common.generators.msdm import SIZES, TRAIN_STEPS, Msdm
 from polyclinic.common.generators.public import hash_state
 from polyclinic.common.privacy.random import KeyedRandom
 from polyclinic.common.privacy.views import draw_views
-from polyclinic.common.settings import GeneratorSettings
 
 RELEASED_PARAMETERS = 326.5e6
 
 
 def _parameters(size: str, image_size: int) -> int:
-    family = load_family(GeneratorSettings(size=size), image_size, None, device="meta", encoders=False)  # type: ignore[arg-type]
+    family = Msdm(GeneratorSettings(size=size), image_size, None, device="meta", encoders=False)  # type: ignore[arg-type]
     assert {p.device.type for p in family.module.parameters()} == {"meta"}
     return sum(p.numel() for p in family.module.parameters())
 
@@ -93,7 +92,7 @@ def _is_v(family: Msdm) -> bool:
 
 
 def test_msdm_has_about_the_released_number_of_parameters_at_the_released_widths() -> None:
-    family = load_family(GeneratorSettings(), 256, None, device="meta", encoders=False)
+    family = Msdm(GeneratorSettings(), 256, None, device="meta", encoders=False)
     assert (
         sum(p.numel() for p in family.module.parameters()) == 310_217_480
     )  # MiniLM is 384 wide; a 768-wide encoder makes it 312.3 M

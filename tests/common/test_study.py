@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.settings import Section
+from polyclinic.common.section import Section
 from polyclinic.common.study import Resolved, Study, load_study, parse_study
 
 STUDY = """

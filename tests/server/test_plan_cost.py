@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from polyclinic.common.generators.base import trainable_state
+from polyclinic.common.generators.base import BaseFiles, trainable_state
 from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.privacy.tap import SUM
 from polyclinic.common.wire import pack_reply, reply_records
@@ -69,7 +69,7 @@ def test_a_study_that_guesses_the_sites_speed_gets_nominal_seconds_and_joules(pl
 
 def test_this_machines_speed_gives_the_seconds_of_a_simulation(planned: Plan) -> None:
     study = _study()
-    speed = measure_speed(study, None)
+    speed = measure_speed(study, BaseFiles())
     known = plan(study, speed=speed).forecast
     rows = {(row.phase, row.where): row.figures for row in known}
     for site, patients in (("north", 600), ("south", 900)):

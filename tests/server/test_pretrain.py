@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from polyclinic.common.data.table import Record
+from polyclinic.common.generator_settings import VaeTraining
 from polyclinic.common.generators.base import load_family, trainable
 from polyclinic.common.generators.public import hash_source
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.settings import VaeTraining
 from polyclinic.common.study import Study, parse_study
 from polyclinic.server.adversarial import sharpen
 from polyclinic.server.base import prepare_base
@@ -140,6 +140,7 @@ def test_the_base_is_trained_once_and_named_by_hash(reference: Reference, tmp_pa
     assert len(first.costs) == len(again.costs) == 2
     assert all(line["wall_s"] > 0 for line in again.costs)
 
+    assert first.files.vae is not None
     named = hash_source(first.files.vae)
     assert prepare_base(tmp_path, study(vae=str(first.files.vae), vae_sha256=named), reference)
     with pytest.raises(BadInput, match=r"vae_sha256.*name the right part"):
@@ -155,8 +156,8 @@ def test_what_does_not_train_is_base_and_never_travels(reference: Reference, tmp
     assert set(part.start) < set(whole.start)
     assert all(torch.equal(part.start[name], whole.start[name]) for name in part.start)
     # A site that loads the base has the frozen weights of the warm start, not random ones.
-    settings = study(train="conditioning", warm_start="reference").generator
-    family = load_family(settings, 32, part.files.vae, frozen=part.files.frozen, encoders=False)
+    settings = study(train="conditioning", warm_start="reference")
+    family = load_family(settings, part.files, encoders=False)
     weights = dict(family.module.named_parameters())
     assert set(trainable(family.module)) == set(part.start)
     assert torch.equal(weights["conv_in.weight"], whole.start["conv_in.weight"])
@@ -165,6 +166,7 @@ def test_what_does_not_train_is_base_and_never_travels(reference: Reference, tmp
 def test_a_warm_start_of_another_size_is_named(reference: Reference, tmp_path: Path) -> None:
     base = prepare_base(tmp_path, study(), reference)
     path = tmp_path / "start.safetensors"
+    assert base.files.vae is not None
     pretrain_generator(study(), reference.pretrain, base.files.vae, path)
     with pytest.raises(BadInput, match=r"start\.safetensors: does not fit"):
         prepare_base(tmp_path, study(size="msdm-small", warm_start=str(path)), reference)
@@ -196,11 +198,11 @@ def test_labels_can_stand_in_for_captions(drawn: list[Record]) -> None:
 def test_three_levels_shrink_an_image_by_four(reference: Reference, tmp_path: Path) -> None:
     settings = study(vae_training={"widths": [16, 16, 16], "latent_channels": 4, "steps": 1, "batch_size": 2})
     base = prepare_base(tmp_path, settings, reference)
-    family = load_family(settings.generator, 32, base.files.vae)
+    family = load_family(settings, base.files)
     assert family.encode_image(torch.zeros(1, 3, 32, 32))["mean"].shape == (1, 4, 8, 8)
     assert family.synthetic_views(2).image["mean"].shape == (2, 4, 8, 8)
     # A forecast without the VAE counts the same network.
-    config: Any = load_family(settings.generator, 32, None, encoders=False).module.config
+    config: Any = load_family(settings, None, encoders=False).module.config
     assert config.sample_size == 8
     pipeline = family.pipeline()
     image = pipeline("a", num_inference_steps=1, height=32, width=32, output_type="np").images

@@ -1,0 +1,277 @@
+"""Pretrained pipelines of every large family with random weights, tiny, saved as diffusers saves real ones.
+
+Each is drawn once a test session; its folder's name contains `random-weights`: nobody takes it for more.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save(name: str, folder: Path, **changes: Any) -> Path:
+    """Save the pipeline of this name under the folder; the same weights every time."""
+    path = folder / f"{name}-random-weights"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        MAKERS[name](**changes).save_pretrained(path)
+    return path
+
+
+def clip(width: int, *, projected: bool = False) -> tuple[Any, Any]:
+    """A CLIP tokenizer of single letters, and a text encoder."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=width,
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+        pad_token_id=len(words) - 1,
+    )
+    return tokenizer, (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def vae(channels: int, **more: Any) -> Any:
+    """An autoencoder of factor 8."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        latent_channels=channels,
+        norm_num_groups=4,
+        **more,
+    )
+
+
+def _unet(cross: int, **more: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=cross,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        **more,
+    )
+
+
+def stable_diffusion(prediction: str = "epsilon") -> Any:
+    """Like 1.5, and with `v_prediction` like 2.1."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+
+    tokenizer, encoder = clip(16)
+    return StableDiffusionPipeline(
+        vae=vae(4),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=_unet(16),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            skip_prk_steps=True,
+            steps_offset=1,
+            prediction_type=prediction,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl() -> Any:
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    (tokenizer, encoder), (tokenizer_2, encoder_2) = clip(16), clip(24, projected=True)
+    return StableDiffusionXLPipeline(
+        vae=vae(4),
+        text_encoder=encoder,
+        text_encoder_2=encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=_unet(
+            40,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 6 * 8,
+            use_linear_projection=True,
+        ),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        add_watermarker=False,
+    )
+
+
+def t5(width: int) -> tuple[Any, Any]:
+    """A T5 tokenizer of single letters, and its encoder."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in letters)]
+    config = T5Config(
+        vocab_size=len(pieces), d_model=width, d_kv=4, d_ff=2 * width, num_layers=2, num_heads=2
+    )
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512), T5EncoderModel(config)
+
+
+def movq() -> Any:
+    from diffusers import VQModel
+
+    return VQModel(
+        down_block_types=(
+            "DownEncoderBlock2D",
+            "DownEncoderBlock2D",
+            "DownEncoderBlock2D",
+            "AttnDownEncoderBlock2D",
+        ),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(32, 32, 32, 32),  # its norms have 32 groups
+        latent_channels=4,
+        num_vq_embeddings=16,
+        vq_embed_dim=4,
+        norm_type="spatial",
+    )
+
+
+def flux(guided: bool = True) -> Any:
+    """Like [dev], and unguided like [schnell]."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    (tokenizer, encoder), (tokenizer_2, encoder_2) = clip(16), t5(24)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0 if guided else 1.0, use_dynamic_shifting=guided, max_image_seq_len=4096
+        ),
+        vae=vae(
+            4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+        ),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder_2,
+        tokenizer_2=tokenizer_2,
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            pooled_projection_dim=16,
+            guidance_embeds=guided,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    )
+
+
+def stable_diffusion_3() -> Any:
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    one, two, three = clip(16, projected=True), clip(24, projected=True), t5(40)
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=40,
+            caption_projection_dim=32,
+            pooled_projection_dim=40,
+            out_channels=4,
+            pos_embed_max_size=16,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(
+            4, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
+        ),
+        text_encoder=one[1],
+        tokenizer=one[0],
+        text_encoder_2=two[1],
+        tokenizer_2=two[0],
+        text_encoder_3=three[1],
+        tokenizer_3=three[0],
+    )
+
+
+def kandinsky_3() -> Any:
+    from diffusers import DDPMScheduler, Kandinsky3Pipeline, Kandinsky3UNet
+
+    tokenizer, encoder = t5(24)
+    unet = Kandinsky3UNet(
+        time_embedding_dim=16,
+        groups=4,
+        attention_head_dim=4,
+        layers_per_block=2,
+        block_out_channels=(8, 16),
+        cross_attention_dim=16,
+        encoder_hid_dim=24,
+    )
+    for parameter in unet.parameters():  # its norms' scales start at zero, which hides what conditions it
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return Kandinsky3Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        unet=unet,
+        scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        movq=movq(),
+    )
+
+
+MAKERS: dict[str, Callable[..., Any]] = {
+    "stable-diffusion": stable_diffusion,
+    "stable-diffusion-2-1": lambda: stable_diffusion("v_prediction"),
+    "stable-diffusion-xl": stable_diffusion_xl,
+    "stable-diffusion-3": stable_diffusion_3,
+    "flux": flux,
+    "flux-schnell": lambda: flux(guided=False),
+    "kandinsky-3": kandinsky_3,
+}
+
+
+def reloaded(base: Path, adapters: Path, dtype: torch.dtype) -> Any:
+    """What a person has who follows the export's README: plain diffusers alone."""
+    from diffusers import DiffusionPipeline
+    from peft import PeftModel
+
+    pipeline = DiffusionPipeline.from_pretrained(base, dtype=dtype)
+    if (adapters / "adapter_config.json").exists():
+        pipeline.unet = PeftModel.from_pretrained(pipeline.unet, adapters, autocast_adapter_dtype=False)
+    else:
+        pipeline.load_lora_weights(adapters)
+    return pipeline
+
+
+FAMILY_OF = {
+    "stable-diffusion": "stable-diffusion",
+    "stable-diffusion-2-1": "stable-diffusion",
+    "stable-diffusion-xl": "stable-diffusion",
+    "stable-diffusion-3": "stable-diffusion-3",
+    "flux": "flux",
+    "flux-schnell": "flux",
+    "kandinsky-3": "kandinsky-3",
+}
+SIZE_OF = {"kandinsky-3": 64}
