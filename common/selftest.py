@@ -9,6 +9,7 @@ to train.
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from polyclinic.common.generators.base import (
     Family,
@@ -53,9 +54,9 @@ def self_test(family: Family, engine: str, views: int = 2) -> None:
             flat["uniform"] + torch.rand(patients * views, generator=generator).to(flat["uniform"])
         ) % 1
         _check(family, {name: t.unflatten(0, (patients, views)) for name, t in flat.items()}, engine)
-        for name, parameter in trainable(family.module).items():
-            if ".lora_" in name:
-                _check_moves(family, Views.of({n: t[:1] for n, t in flat.items()}), name, noise(parameter))
+        view = Views.of({name: t[:1] for name, t in flat.items()})
+        adapters = {n: p for n, p in trainable(family.module).items() if ".lora_" in n}
+        _check_moves(family, view, adapters, {name: noise(p) for name, p in adapters.items()})
     finally:
         load_trainable_state(family.module, start)
 
@@ -84,13 +85,14 @@ def _check(family: Family, flat: Tensors, engine: str) -> None:
 
 
 @torch.no_grad()
-def _check_moves(family: Family, view: Views, name: str, by: torch.Tensor) -> None:
-    parameter = trainable(family.module)[name]
-    kept, before = parameter.clone(), family.view_losses(view)
-    parameter.add_(by)
-    if torch.equal(before, family.view_losses(view)):
-        raise Refusal("self-test-failed", f"{name} does not move the output")
-    parameter.copy_(kept)
+def _check_moves(family: Family, view: Views, adapters: dict[str, nn.Parameter], by: Tensors) -> None:
+    before = family.view_losses(view)
+    for name, parameter in adapters.items():
+        kept = parameter.clone()
+        parameter.add_(by[name])
+        if torch.equal(before, family.view_losses(view)):
+            raise Refusal("self-test-failed", f"{name} does not move the output")
+        parameter.copy_(kept)
 
 
 def _norm(sums: Tensors) -> float:

@@ -200,7 +200,6 @@ def test_what_the_hub_says_becomes_one_sentence_with_the_fix(hub: str, tmp_path:
     """In a process of its own, which may use the network: its hub is this test's server."""
     script = """
 import sys
-from polyclinic.common.adapters import narrow
 from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.generators.checkpoint import large_files
 from polyclinic.common.refusals import BadInput
