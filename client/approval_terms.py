@@ -11,11 +11,12 @@ from polyclinic.client.approval import check_base, list_approvals, noise_of, ope
 from polyclinic.client.ledger_books import Books
 from polyclinic.client.ledger_chain import inspect
 from polyclinic.client.policy import check_noise, check_study, load_policy
+from polyclinic.common.adapters import trained
 from polyclinic.common.cost import view_flops
 from polyclinic.common.data.table import Record
 from polyclinic.common.device import pick_device
 from polyclinic.common.features.fourier import BOUND
-from polyclinic.common.generators.base import BaseFiles, load_family, trainable
+from polyclinic.common.generators.base import BaseFiles, Tensors, load_family, trainable
 from polyclinic.common.generators.checkpoint import licence
 from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.study import Resolved, Study, differences
@@ -64,8 +65,11 @@ def terms(
     sigma, releases, epsilon = noise_of(policy, resolved)
     check_noise(policy, study, sigma)
     check_base(resolved, files)
-    family = load_family(study, files, device="meta", encoders=False)  # enough to count
-    numbers = sum(parameter.numel() for parameter in trainable(family.module).values())
+    family = load_family(study, files, device="meta", encoders=False, rank=policy.lora_rank)  # to count
+    whole: Tensors = {name: parameter.detach() for name, parameter in trainable(family.module).items()}
+    moved = trained(whole, study.federation.lora_aggregation, 1)
+    numbers, up = (sum(tensor.numel() for tensor in state.values()) for state in (whole, moved))
+    narrower = study.generator.lora.rank / (policy.lora_rank or study.generator.lora.rank)
     batch = study.privacy.sampling_rate * policy.declared_patients
     books = Books(home, inspect(home)[0])
     spent = books.committed()
@@ -113,9 +117,10 @@ def terms(
         "allowed_hours": policy.allowed_hours,
         "max_gpu_memory_gb": policy.max_gpu_memory_gb,
         "device": pick_device(study.training.device),
+        "lora_rank": policy.lora_rank,
         "transport": transport,
-        "bytes_up": numbers * _BYTES[transport],
-        "bytes_down": numbers * _BYTES[down],
+        "bytes_up": up * _BYTES[transport],
+        "bytes_down": round(numbers * narrower) * _BYTES[down],
         "flops": float(view_flops(family) * study.privacy.views * batch * study.total_steps),
         "leaves": {**PARTS, **FIELDS},
         "leaves_once": RELEASE_FIELDS if releases or study.releases.leakage_gate else {},
@@ -161,10 +166,11 @@ def _happens(facts: dict[str, Any]) -> str:
     gpu = facts["max_gpu_memory_gb"]
     limit = f", at most {gpu:g} GB of it" if gpu and facts["device"] != "cpu" else ""
     ignored = " (max_gpu_memory_gb has no effect: no GPU is used)" if gpu and facts["device"] == "cpu" else ""
+    rank = f" (of rank {facts['lora_rank']} here)" if facts["lora_rank"] else ""
     return _paragraphs(
         "What happens",
         f"{facts['rounds']} rounds of {facts['steps_per_round']} steps train {facts['trained_numbers']:,} "
-        f"numbers of the generator {facts['generator']} on {facts['images']} images of "
+        f"numbers of the generator {facts['generator']}{rank} on {facts['images']} images of "
         f"{facts['patients']} {facts['unit']}s, on {facts['device']}{limit}{ignored}, begun "
         f"{facts['allowed_hours'] or 'at any hour'}. "
         f"About {facts['flops'] / 1e15:.3g} PFLOP in all: {_hours(facts['flops'] / 1e12)} at 1 TFLOP/s, "

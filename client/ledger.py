@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,21 +33,6 @@ if TYPE_CHECKING:
 
 # What is answered once: a round, by its number, or an extra release, by its name.
 Item = int | str
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """A place in the ledger for one round's training, or for an extra release.
-
-    Attributes:
-        sequence: Number of its line.
-        hash: Hash of its line.
-        reused: A killed attempt left it; it released nothing, so it is used again.
-    """
-
-    sequence: int
-    hash: str
-    reused: bool
 
 
 class Ledger:
@@ -125,8 +109,10 @@ class Ledger:
         rate: float,
         steps: int,
         tau: float,
-    ) -> Reservation:
-        """Spend before touching: reserve a round's steps, fsync'd before this returns.
+    ) -> Line:
+        """Spend before touching: reserve a round's steps, fsync'd before this returns its line.
+
+        A line that a killed attempt left is used again: it released nothing.
 
         Raises:
             Refusal: `budget-exhausted` beyond the earmarked schedule or after the study was closed;
@@ -145,14 +131,13 @@ class Ledger:
                 raise Refusal("round-already-answered", "an earlier attempt failed and counts as spent")
             if self._line(approval, "settle", item) or any(earlier[k] != v for k, v in asked.items()):
                 raise Refusal("round-already-answered")
-            return Reservation(earlier["sequence"], earlier["hash"], reused=True)
+            return earlier
         noise = earmark.get("releases", {}).get(item, float("inf")) if release else earmark["sigma"]
         if sigma < noise or rate > (1.0 if release else earmark["rate"]):
             raise Refusal("budget-exhausted", "less noise than was set aside, or not set aside")
         if (steps != 1) if release else used + steps > earmark["steps"]:
             raise Refusal("budget-exhausted", f"{used} of {earmark['steps']} steps used")
-        line = self.append("reserve", approval=approval, round=item, **asked)
-        return Reservation(line["sequence"], line["hash"], reused=False)
+        return self.append("reserve", approval=approval, round=item, **asked)
 
     def settle(self, approval: str, item: Item, reply: bytes) -> Path:
         """Store the reply whole, then write that it is there. Only the stored file may be sent."""

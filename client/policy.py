@@ -31,6 +31,9 @@ class Policy(BaseModel):
     allowed_bases: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = Field(
         (), description="hashes of the frozen bases that may be trained on; empty: any"
     )
+    lora_rank: int | None = Field(
+        None, ge=1, description="rank of adapters trained here, at most the study's; default: the study's"
+    )
     allowed_hours: str | None = Field(
         None,
         pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$",
@@ -91,6 +94,9 @@ def check_study(policy: Policy, study: Study, base_hash: str = "") -> None:
         raise Refusal("policy-forbids", f"family {study.generator.family} is not one of families")
     if policy.allowed_bases and base_hash not in policy.allowed_bases:
         raise Refusal("policy-forbids", f"base {base_hash[:8]} is not one of allowed_bases")
+    most = study.generator.lora.rank
+    if study.generator.large and (policy.lora_rank or 1) > most:
+        raise Refusal("policy-forbids", f"lora_rank {policy.lora_rank} is over the study's {most}; lower it")
     if study.training.rounds > policy.max_rounds or study.total_steps > policy.max_steps:
         raise Refusal("policy-forbids", f"{study.training.rounds} rounds, {study.total_steps} steps")
     if study.privacy.enabled and study.privacy.delta > 1 / (10 * policy.declared_patients):

@@ -93,7 +93,7 @@ def release_sum(
     What is said beside it, `facts`, gets the ledger's part here. Returns the stored bytes.
     """
     random = KeyedRandom.for_attempt(approval.resolved.study.training.test_key, approval.site, 0)
-    place = ledger.reserve(
+    line = ledger.reserve(
         approval=approval.id,
         item=release,
         state=facts.model or facts.study_hash,
@@ -107,7 +107,7 @@ def release_sum(
         stream = random.stream("noise", release)
         total = noisy_sum(vectors(random), length, bound=facts.bound, noise=facts.sigma, stream=stream)
         spent = ledger.epsilon(approval.id)
-        said = replace(facts, epsilon=spent, ledger_sequence=place.sequence, ledger_hash=place.hash)
+        said = replace(facts, epsilon=spent, ledger_sequence=line["sequence"], ledger_hash=line["hash"])
         return pack_release(total, said)
 
     return ledger.answer(approval.id, release, make)

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 
 from polyclinic.client.approval import Approval, require_approval
-from polyclinic.client.ledger import Ledger, Reservation, open_ledger
+from polyclinic.client.ledger import Ledger, open_ledger
 from polyclinic.client.policy import check_noise
+from polyclinic.common.adapters import freeze, narrow
+from polyclinic.common.chain import Line
 from polyclinic.common.cost import Meter, append_cost, view_flops
 from polyclinic.common.data.cache import Cached, load_cache
 from polyclinic.common.device import pick_device
@@ -75,17 +77,20 @@ def answer_round(
             raise Refusal("round-too-late")
         device = pick_device(study.training.device)
         torch.set_num_threads(study.training.threads or torch.get_num_threads())
-        family = load_family(study, approval.files, device=device, encoders=False)
+        family = load_family(study, approval.files, device=device, encoders=False, rank=policy.lora_rank)
+        state = narrow(state, policy.lora_rank)
         check_like(state, trainable_state(family.module))
         if study.privacy.enabled and (approval.id, device) not in _SELF_TESTED:
             self_test(family, study.privacy.engine, study.privacy.views)
             _SELF_TESTED.add((approval.id, device))
+        load_trainable_state(family.module, state)
+        freeze(family.module, study.federation.lora_aggregation, order.round)
         data = load_cache(home / "cache", approval.cache_index)  # refuses before anything is spent
-        residual = _residual(ledger, approval.id, order.round) if transport == "int8" else {}
+        residual = _residual(ledger, approval, order.round)
         steps = study.training.steps_per_round
         margin = tau(study.privacy.engine, family.dtype) if study.privacy.enabled else 0.0
         flops = float(view_flops(family) * study.privacy.views * approval.divisor * steps)
-        reservation = ledger.reserve(
+        line = ledger.reserve(
             approval=approval.id,
             item=order.round,
             state=incoming,
@@ -99,7 +104,7 @@ def answer_round(
         def make() -> bytes:
             with meter:
                 difference, tap = _train(approval, order.round, state, family, data, device)
-            facts = _facts(approval, order, ledger, reservation, flops, margin)
+            facts = _facts(approval, order, ledger, line, flops)
             return pack_reply(difference, facts, tap, transport, residual)
 
         reply = ledger.answer(approval.id, order.round, make)
@@ -107,14 +112,19 @@ def answer_round(
         return reply
 
 
-def _residual(ledger: Ledger, approval: str, round_number: int) -> Tensors:
-    """What rounding lost in the reply to the last settled round before this one; nothing at the first."""
-    before = range(1, round_number)
-    settled = [line for line in ledger.of(approval, "settle") if line["round"] in before]
-    if not settled:
+def _residual(ledger: Ledger, approval: Approval, round_number: int) -> Tensors:
+    """What rounding lost in the reply to the last settled round that moved these tensors; else nothing.
+
+    Stacking gives the factors another basis after each round: what was lost of the old ones is no part of it.
+    """
+    federation = approval.resolved.study.federation
+    turns = 2 if federation.lora_aggregation == "alternate" else 1
+    before = range(round_number - turns, 0, -turns)
+    settled = [line for line in ledger.of(approval.id, "settle") if line["round"] in before]
+    if federation.transport != "int8" or federation.lora_aggregation == "stack" or not settled:
         return {}
     last = max(settled, key=lambda line: int(line["round"]))
-    path = ledger.reply_path(approval, last["round"])
+    path = ledger.reply_path(approval.id, last["round"])
     if not path.exists() or sha256_file(path) != last["reply"]:
         raise Refusal("reply-broken", str(path))
     return unpack_residual(path.read_bytes())
@@ -125,7 +135,6 @@ def _train(
 ) -> tuple[Tensors, Tensors]:
     """Train a round's steps and return the difference and what the tap sends, fp32 on the CPU."""
     study = approval.resolved.study
-    load_trainable_state(family.module, state)
     random = KeyedRandom.for_attempt(study.training.test_key, approval.site, round_number)
     privacy, tap = study.privacy, None
     engine: StepEngine
@@ -151,31 +160,24 @@ def _train(
     return moved, tap.released(last=round_number == study.training.rounds) if tap else {}
 
 
-def _facts(
-    approval: Approval,
-    order: RoundOrder,
-    ledger: Ledger,
-    reservation: Reservation,
-    flops: float,
-    margin: float,
-) -> ReplyFacts:
+def _facts(approval: Approval, order: RoundOrder, ledger: Ledger, line: Line, flops: float) -> ReplyFacts:
     study = approval.resolved.study
     private = study.privacy.enabled
     return ReplyFacts(
         round=order.round,
-        sigma=approval.sigma,
-        sampling_rate=study.privacy.sampling_rate,
-        steps=study.training.steps_per_round,
+        sigma=line["sigma"],
+        sampling_rate=line["rate"],
+        steps=line["steps"],
         clip=study.privacy.clip if private else float("inf"),
         divisor=approval.divisor,
-        tau=margin,
+        tau=line["tau"],
         epsilon=ledger.epsilon(approval.id),
         delta=study.privacy.delta,
         code_version=CODE_VERSION,
         base_hash=approval.resolved.base_hash,
         study_hash=approval.resolved.hash,
         approval=approval.id,
-        ledger_sequence=reservation.sequence,
-        ledger_hash=reservation.hash,
+        ledger_sequence=line["sequence"],
+        ledger_hash=line["hash"],
         flops=flops,
     )

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from polyclinic.common.generators.base import Tensors
+from polyclinic.common.generators.base import Tensors, named
 from polyclinic.common.refusals import Refusal
 from polyclinic.common.settings import LoraRule
 
@@ -44,8 +44,17 @@ def trained(state: Tensors, rule: LoraRule, round_number: int) -> Tensors:
     return {name: tensor for name, tensor in state.items() if trains(name, rule, round_number)}
 
 
-def narrow(state: Tensors, rank: int) -> Tensors:
-    """Cut factors to their first `rank` components: a site of a smaller rank trains these."""
+def freeze(module: nn.Module, rule: LoraRule, round_number: int) -> None:
+    """Leave only what a round trains trainable."""
+    for name, parameter in named(module).items():
+        if not trains(name, rule, round_number):
+            parameter.requires_grad_(False)
+
+
+def narrow(state: Tensors, rank: int | None) -> Tensors:
+    """Cut factors to their first `rank` components: a site of a smaller rank trains these; None: all."""
+    if rank is None:
+        return state
     return {name: _part(name, tensor, rank).contiguous() for name, tensor in state.items()}
 
 

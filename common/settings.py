@@ -227,6 +227,11 @@ class SimulatedSite(Section):
     declared_patients: int = Field(ge=1, description="public size of the site; never computed from its data")
     epsilon_cap: float = Field(10.0, gt=0, description="the site's own cap a study")
     min_patients: int = Field(20, ge=1, description="checked at approval")
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="rank of the adapters trained there; default: the study's, which is the limit",
+    )
 
 
 class SimulationSettings(Section):

@@ -104,6 +104,8 @@ def write_policy(home: Path, site: SimulatedSite, study: Study) -> None:
         f"allow_not_private = {json.dumps(not study.privacy.enabled)}",
         f"allow_test_randomness = {json.dumps(study.training.test_key is not None)}",
     ]
+    if site.lora_rank is not None:
+        lines.append(f"lora_rank = {site.lora_rank}")
     path = home / "policy.toml"
     if not path.exists():
         write_atomic(path, ("\n".join(lines) + "\n").encode())

@@ -9,6 +9,7 @@ import torch
 
 from polyclinic.client.policy import Policy, check_noise, check_study, load_policy
 from polyclinic.client.readiness import check_hours, limit_gpu
+from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.refusals import BadInput, Refusal
 
 OPEN = Policy(declared_patients=12, allow_not_private=True, allow_test_randomness=True)
@@ -75,6 +76,16 @@ def test_at_the_limits_a_study_is_allowed(make_study: Any) -> None:
         OPEN.model_copy(update={"max_rounds": 3, "max_steps": 6}), make_study(privacy={"delta": 1 / 121})
     )
     check_study(OPEN, make_study(privacy={"enabled": False}, training={"test_key": "k"}))
+
+
+def test_a_rank_of_its_own_is_held_to_the_studys(make_study: Any) -> None:
+    large = GeneratorSettings.model_validate({"family": "flux", "base": "a/b", "lora": {"rank": 4}})
+    study = make_study().model_copy(update={"generator": large})
+    for rank in (None, 1, 4):
+        check_study(OPEN.model_copy(update={"families": ("flux",), "lora_rank": rank}), study)
+    with pytest.raises(Refusal, match="policy-forbids.*lora_rank 5 is over the study's 4; lower it"):
+        check_study(OPEN.model_copy(update={"families": ("flux",), "lora_rank": 5}), study)
+    check_study(OPEN.model_copy(update={"lora_rank": 5000}), make_study())  # nothing to MSDM
 
 
 def test_noise_below_the_floor_is_refused(make_study: Any) -> None:

@@ -30,10 +30,13 @@ def kinds(home: Path) -> list[str]:
     return [line["kind"] for line in read_lines(home)]
 
 
-def test_int8_adds_what_rounding_lost_to_the_next_reply(
-    make_site: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("rule", "back"), [("freeze-a", 1), ("alternate", 2), ("stack", None)])
+def test_int8_adds_what_rounding_lost_to_the_next_reply_of_the_same_tensors(
+    make_site: Any, monkeypatch: pytest.MonkeyPatch, rule: str, back: int | None
 ) -> None:
-    site = make_site(OPEN, **TABLES, federation={"transport": "int8"})
+    """With alternation to the next but one; under stacking the old coordinates mean nothing any more."""
+    federation = {"transport": "int8", "lora_aggregation": rule, "ema": 0.0}
+    site = make_site(OPEN, **TABLES, federation=federation)
     site.approve()
     made: list[Tensors] = []
 
@@ -43,8 +46,9 @@ def test_int8_adds_what_rounding_lost_to_the_next_reply(
 
     monkeypatch.setattr(training, "pack_reply", watched)
     replies = [ask(site, number) for number in (1, 2, 3)]
-    residual = {name: torch.zeros_like(tensor) for name, tensor in site.state.items()}
+    residuals = [{name: torch.zeros_like(tensor) for name, tensor in site.state.items()}] * (back or 4)
     for reply, difference in zip(replies, made, strict=True):
+        residual = residuals.pop(0)
         sent, lost = unpack_reply(reply).difference, unpack_residual(reply)
         for name, tensor in difference.items():
             assert torch.allclose(sent[name] + lost[name], tensor + residual[name], rtol=1e-5, atol=1e-9)
@@ -54,7 +58,7 @@ def test_int8_adds_what_rounding_lost_to_the_next_reply(
         assert set(records) == {"difference", "scale", "facts", "hashes"}
         arrived = read_reply(records, site.state, transport="int8").difference
         assert all(torch.equal(arrived[name], tensor) for name, tensor in sent.items())
-        residual = lost
+        residuals.append(lost)
     assert ask(site, 2) == replies[1]
 
     # An attempt that was killed after it reserved is made again, with the same residual.

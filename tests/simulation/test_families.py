@@ -12,25 +12,35 @@ import torch
 from safetensors.torch import load_file
 
 from polyclinic.client.ledger_chain import read_lines
+from polyclinic.common.adapters import A, B, rank_of
 from polyclinic.common.data.table import Record
 from polyclinic.common.drawing import sample
 from polyclinic.common.generators.families import FAMILIES
 from polyclinic.common.study import Study, parse_study
+from polyclinic.common.wire_reading import unpack_reply
 from polyclinic.server.release import export, open_generator
 from polyclinic.simulation.run import simulate
 from tests.checkpoints import SIZE_OF, reloaded, save
 
 PROMPTS = ["a polyp", "no polyp"]
+# Every family by another of the rules, and every rule by a family.
+FEDERATION: dict[str, dict[str, Any]] = {
+    "flux": {"lora_aggregation": "freeze-a"},
+    "kandinsky-3": {"lora_aggregation": "factors"},
+    "stable-diffusion": {"lora_aggregation": "alternate", "transport": "int8"},
+    "stable-diffusion-3": {"lora_aggregation": "stack", "transport": "int8"},
+}
+RANK, OWN_RANK = 2, 1
 
 
 def study_of(name: str, base: Path, **tables: dict[str, Any]) -> Study:
     values: dict[str, Any] = {
         "name": "tiny",
         "data": {"image_size": SIZE_OF.get(name, 32)},
-        "generator": {"family": name, "base": str(base), "lora": {"rank": 2}, "max_tokens": 8},
+        "generator": {"family": name, "base": str(base), "lora": {"rank": RANK}, "max_tokens": 8},
         "privacy": {"delta": 1e-3, "sampling_rate": 0.5, "views": 2, "canaries": 0},
         "training": {"rounds": 2, "steps_per_round": 1, "learning_rate": 0.1, "device": "cpu", "threads": 1},
-        "federation": {"min_sites": 2},
+        "federation": {"min_sites": 2, **FEDERATION[name]},
         "reference": {"fraction": 0.2, "pretrain": 0.0, "probe": 0.0, "evaluate": 1.0},
         "evaluation": {
             "steps": 2,
@@ -39,7 +49,12 @@ def study_of(name: str, base: Path, **tables: dict[str, Any]) -> Study:
             "guidance": 3.0,
             "prompts": [{"text": text} for text in PROMPTS],
         },
-        "simulation": {"sites": {n: {"declared_patients": 5, "min_patients": 1} for n in ("north", "coast")}},
+        "simulation": {
+            "sites": {
+                "north": {"declared_patients": 5, "min_patients": 1, "lora_rank": OWN_RANK},
+                "coast": {"declared_patients": 5, "min_patients": 1},
+            }
+        },
     }
     for table, update in tables.items():
         values[table] = {**values[table], **update}
@@ -74,11 +89,24 @@ def test_two_rounds_over_two_sites_end_in_adapters_that_plain_diffusers_loads(
         # Reserved with the bound that was tested in bf16.
         lines = [line for line in read_lines(run_dir / "sites" / site) if line["kind"] == "reserve"]
         assert [line["tau"] for line in lines] == [0.01, 0.01]
-    start, end = (
-        load_file(run_dir / "checkpoints" / f"round-{number:04d}" / "state.safetensors") for number in (0, 2)
-    )
-    assert start.keys() == end.keys()
-    assert all(not torch.equal(start[n], end[n]) for n in start)
+    rule = study.federation.lora_aggregation
+    states = [
+        load_file(run_dir / "checkpoints" / f"round-{number:04d}" / "state.safetensors")
+        for number in (0, 1, 2)
+    ]
+    assert any(name.endswith(A) for name in states[0]) == (rule != "freeze-a")
+    for number in (1, 2):
+        before, after = states[number - 1 : number + 1]
+        assert before.keys() == after.keys()
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        turn = {name for name in before if rule != "alternate" or name.endswith(B if number == 1 else A)}
+        assert moved == turn
+        for site, rank in (("north", OWN_RANK), ("coast", RANK)):
+            (stored,) = (run_dir / "sites" / site / "replies").glob(f"*-{number:04d}.safetensors")
+            difference = unpack_reply(stored.read_bytes()).difference
+            assert difference.keys() == turn
+            assert rank_of(difference) == rank
+            assert all(bool(tensor.any()) for tensor in difference.values())
 
     resolved, family = open_generator(run_dir, None)
     mine = sample(family, resolved.study, [(text, 0) for text in PROMPTS], "draw")
