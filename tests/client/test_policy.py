@@ -83,7 +83,7 @@ def test_a_rank_of_its_own_is_held_to_the_studys(make_study: Any) -> None:
     study = make_study().model_copy(update={"generator": large})
     for rank in (None, 1, 4):
         check_study(OPEN.model_copy(update={"families": ("flux",), "lora_rank": rank}), study)
-    with pytest.raises(Refusal, match="policy-forbids.*lora_rank 5 is over the study's 4; lower it"):
+    with pytest.raises(Refusal, match=r"policy-forbids.*lora_rank 5 is over the study's 4; lower it"):
         check_study(OPEN.model_copy(update={"families": ("flux",), "lora_rank": 5}), study)
     check_study(OPEN.model_copy(update={"lora_rank": 5000}), make_study())  # nothing to MSDM
 
