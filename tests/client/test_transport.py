@@ -31,7 +31,7 @@ def kinds(home: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("rule", "back"), [("freeze-a", 1), ("alternate", 2), ("stack", None)])
-def test_int8_adds_what_rounding_lost_to_the_next_reply_of_the_same_tensors(
+def test_int8_adds_what_rounding_lost_to_the_next_reply(
     make_site: Any, monkeypatch: pytest.MonkeyPatch, rule: str, back: int | None
 ) -> None:
     """With alternation to the next but one; under stacking the old coordinates mean nothing any more."""
