@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from polyclinic.common.data.pixels import digests, load_pixels
+from polyclinic.common.data.pixels import digests, load_pixels, spread
 from polyclinic.common.data.table import Record, patients_of
 from polyclinic.common.features.extractor import Extractor
 from polyclinic.common.files import canonical_json, write_atomic, write_json_atomic
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 IMAGES_A_SHARD, PROMPTS_A_SHARD = 64, 256
 FEATURES = "features"
-Encoder = Callable[[list[Any]], Tensors]
+Loader = Callable[[list[Any]], Any]
+Encoder = Callable[[Any], Tensors]
 
 
 @dataclass(frozen=True)
@@ -87,22 +88,28 @@ def build_cache(
     looked = 1 if extractor is None else 2
     with track(f"cache {folder.parent.name}", looked * len(ordered) + len(captions)) as advance:
 
-        def shards(kind: str, by: str, names: list[str], items: list[Any], encode: Encoder) -> list[str]:
-            keys, size = [], PROMPTS_A_SHARD if kind == "prompt" else IMAGES_A_SHARD
-            for start in range(0, len(items), size):
-                part = slice(start, start + size)
-                keys.append(_key(kind, f"{by}|{data.image_size}|{data.fit}", names[part]))
-                path = folder / f"{keys[-1]}.safetensors"
-                if not path.exists():
-                    _write(path, encode(items[part]))
-                advance(len(items[part]))
+        def shards(
+            kind: str, by: str, names: list[str], items: list[Any], load: Loader, encode: Encoder
+        ) -> list[str]:
+            size, todo = PROMPTS_A_SHARD if kind == "prompt" else IMAGES_A_SHARD, {}
+            parts = [slice(start, start + size) for start in range(0, len(items), size)]
+            keys = [_key(kind, f"{by}|{data.image_size}|{data.fit}", names[part]) for part in parts]
+            for key, part in zip(keys, parts, strict=True):
+                if (folder / f"{key}.safetensors").exists():
+                    advance(len(items[part]))
+                else:
+                    todo[key] = items[part]
+            # The next shard is decoded while this one is encoded.
+            for key, loaded in zip(todo, spread(load, todo.values(), 1, ahead=1), strict=True):
+                _write(folder / f"{key}.safetensors", encode(loaded))
+                advance(len(todo[key]))
             return keys
 
         index: dict[str, Any] = {
-            "image_shards": shards(
-                "image", family.base_hash, hashes, ordered, lambda part: family.encode_image(pixels(part))
+            "image_shards": shards("image", family.base_hash, hashes, ordered, pixels, family.encode_image),
+            "prompt_shards": shards(
+                "prompt", family.base_hash, captions, captions, list, family.encode_prompt
             ),
-            "prompt_shards": shards("prompt", family.base_hash, captions, captions, family.encode_prompt),
         }
         if extractor is not None:
             index["feature_shards"] = shards(
@@ -110,7 +117,8 @@ def build_cache(
                 extractor.weights,
                 hashes,
                 ordered,
-                lambda part: {FEATURES: extractor.extract(pixels(part) / 2 + 0.5)},
+                pixels,
+                lambda shown: {FEATURES: extractor.extract(shown / 2 + 0.5)},
             )
     row_of = {caption: row for row, caption in enumerate(captions)}
     index["patients"] = [record.patient for record in ordered]

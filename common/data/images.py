@@ -91,14 +91,14 @@ def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
                 # Pillow would cut every value above 255 to white.
                 what = f"more than 8 bits a pixel ({image.mode})"
                 raise UnusableImage(name, "deep-pixels", what, "save it with 8 bits")
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 # What is transparent shows what the person saw: nothing, not the bytes beneath.
-                seen = upright.convert("RGBA")
+                seen = image.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", seen.size, (0, 0, 0, 255)), seen).convert(
                     "RGB"
                 )
-            return upright.convert("RGB")
+            return image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise UnusableImage(name, "too-large", f"unreadable image ({error})", _REPLACE) from error
     except (

@@ -8,19 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from polyclinic.common.data.images import image_digest, open_image
-from polyclinic.common.data.preprocess import preprocess
+from polyclinic.common.data.preprocess import make_square, to_pixels
 from polyclinic.common.data.table import Record
 from polyclinic.common.files import canonical_json
 from polyclinic.common.progress import track
-
-if TYPE_CHECKING:
-    pass
 
 MANY = 5000  # what takes seconds shows its progress
 T = TypeVar("T")
@@ -32,11 +28,13 @@ def workers() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def spread(act: Callable[[T], U], items: Iterable[T], threads: int | None = None) -> Iterator[U]:
-    """Map in threads, in order, with a bounded number of results waiting: memory does not grow."""
+def spread(
+    act: Callable[[T], U], items: Iterable[T], threads: int | None = None, ahead: int | None = None
+) -> Iterator[U]:
+    """Map in threads, in order, with `ahead` results waiting at most: memory does not grow."""
     rest, threads = iter(items), threads or workers()
     with ThreadPoolExecutor(threads) as pool:
-        waiting = [pool.submit(act, item) for item in islice(rest, 2 * threads)]
+        waiting = [pool.submit(act, item) for item in islice(rest, ahead or 2 * threads)]
         while waiting:
             done = waiting.pop(0).result()
             waiting.extend(pool.submit(act, item) for item in islice(rest, 1))
@@ -57,7 +55,7 @@ def load_pixels(records: list[Record], size: int, fit: str) -> Tensor:
     Raises:
         UnusableImage: One cannot be read; named.
     """
-    return torch.stack(list(spread(lambda r: preprocess(open_image(r.image, r.part), size, fit), records)))
+    return to_pixels(list(spread(lambda r: make_square(open_image(r.image, r.part), size, fit), records)))
 
 
 def digests(records: list[Record]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image
@@ -19,8 +21,13 @@ def preprocess(image: Image.Image, size: int, fit: str) -> Tensor:
     Returns:
         `[3, size, size]` in [-1, 1], float32.
     """
-    pixels = torch.from_numpy(np.asarray(make_square(image, size, fit), dtype=np.float32).copy())
-    return pixels.permute(2, 0, 1) / 127.5 - 1
+    return to_pixels([make_square(image, size, fit)])[0]
+
+
+def to_pixels(squares: Sequence[Image.Image]) -> Tensor:
+    """Turn square RGB images of one size into `[B, 3, size, size]` in [-1, 1], float32."""
+    stack = torch.from_numpy(np.stack([np.asarray(square) for square in squares]))
+    return stack.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
 def make_square(image: Image.Image, size: int, fit: str) -> Image.Image:

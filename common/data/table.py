@@ -17,7 +17,7 @@ from pathlib import Path
 from polyclinic.common.refusals import BadInput
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One image with what is known about it. The image stays on disk until it is encoded.
 
@@ -46,7 +46,7 @@ class Record:
         return f"{self.image} [{self.part}]" if self.part else str(self.image)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One caption of one image as a source has it.
 
