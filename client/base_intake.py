@@ -22,7 +22,7 @@ from polyclinic.common.study import Resolved
 
 HUB = "hub/hub"  # as HF_HOME=HOME/hub has it, which deploy/ sets
 MAIN = "main"
-FIELDS = ("vae", "text_encoder", "warm_start", "base")
+FIELDS = ("vae", "text_encoder", "warm_start", "base", "prior")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

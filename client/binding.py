@@ -117,8 +117,8 @@ def base_hash_of(files: BaseFiles, study: Study) -> str:
     Raises:
         BadInput: A part is gone.
     """
-    for path in (files.vae, files.frozen, files.pipeline):
-        if path is not None and not path.exists():
+    for path in files.paths:
+        if not path.exists():
             raise BadInput(f"the base in {path} is not there; restore it from the kit")
     key = (files, study.generator, freezes_a(study))
     if key not in _HASHES:

@@ -31,6 +31,7 @@ LARGE_ONLY = (
     "precision",
     "guidance_embedding",
 )
+PRIOR_ONLY = ("prior", "prior_revision", "prior_sha256", "stages")
 
 # Group normalisation in the VAE has 16 groups.
 Width = Annotated[int, Field(ge=16, multiple_of=16)]
@@ -89,15 +90,27 @@ class GeneratorSettings(Section):
     """What is trained. MSDM's defaults are its released training's; a large model's stand in `families`.
 
     `size`, `text_encoder*`, `vae*`, `warm_start*`, `train` and `prediction` are MSDM's; `base*`,
-    `lora`, `precision` and `guidance_embedding` are the large models'.
+    `lora`, `precision` and `guidance_embedding` are the large models'; `prior*` and `stages` Kandinsky 2.2's.
     """
 
-    family: Literal["msdm", "stable-diffusion", "stable-diffusion-3", "kandinsky-3", "flux"] = "msdm"
+    family: Literal[
+        "msdm", "stable-diffusion", "stable-diffusion-3", "kandinsky-2-2", "kandinsky-3", "flux"
+    ] = "msdm"
     base: str | None = Field(
         None, description="pretrained diffusers pipeline: a Hugging Face id, or a folder that diffusers saved"
     )
     base_revision: str | None = Field(None, description="commit or tag of a Hugging Face id")
     base_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="refuse any other base")
+    prior: str | None = Field(
+        None, description="kandinsky-2-2: the pretrained prior pipeline, beside base, its decoder"
+    )
+    prior_revision: str | None = Field(None, description="commit or tag of a Hugging Face id")
+    prior_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="refuse any other prior")
+    stages: tuple[Literal["decoder", "prior"], ...] = Field(
+        ("decoder", "prior"),
+        min_length=1,
+        description="kandinsky-2-2: which of its networks get adapters; both are one mechanism, one epsilon",
+    )
     lora: LoraSettings = LoraSettings()
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="of a large model's frozen weights and its arithmetic; adapters are always fp32"
@@ -160,6 +173,17 @@ class GeneratorSettings(Section):
         return self.family != "msdm"
 
     @property
+    def checkpoints(self) -> dict[str, str]:
+        """The pretrained pipelines that are named: field to folder or id."""
+        named = {"base": self.base, "prior": self.prior}
+        return {field: source for field, source in named.items() if source is not None}
+
+    @property
+    def sources(self) -> list[str]:
+        """Every frozen part that a study names by id, package or folder."""
+        return list(self.checkpoints.values()) if self.large else [self.vae, self.text_encoder]
+
+    @property
     def words(self) -> str:
         """What is trained, in a few words."""
         if not self.large:
@@ -182,8 +206,8 @@ class GeneratorSettings(Section):
 
     @model_validator(mode="after")
     def _fields_of_the_family(self) -> GeneratorSettings:
-        others = MSDM_ONLY if self.large else LARGE_ONLY
-        for name in others:
+        priors = self.large and bool(FAMILIES[self.family].priors)
+        for name in (MSDM_ONLY if self.large else LARGE_ONLY) + (() if priors else PRIOR_ONLY):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f'{name} means nothing to family = "{self.family}": remove it')
         if self.large and self.base is None:
@@ -191,4 +215,11 @@ class GeneratorSettings(Section):
                 f'family = "{self.family}" needs base, e.g. base = "{FAMILIES[self.family].example}" '
                 "with base_revision, or a folder"
             )
+        if priors and self.prior is None:
+            raise ValueError(
+                f'family = "{self.family}" needs prior, e.g. "kandinsky-community/kandinsky-2-2-prior" '
+                "with prior_revision, or a folder"
+            )
+        if len(set(self.stages)) < len(self.stages):
+            raise ValueError("stages names one twice: write each once")
         return self

@@ -92,6 +92,8 @@ def _prepare_large(study: Study, reference: Reference) -> Base:
     assert files.pipeline is not None
     print(f"Terms of the base: {licence(study.generator, files.pipeline)}", file=sys.stderr)
     _check(hash_checkpoint(files.pipeline), study.generator.base_sha256, "generator.base_sha256")
+    if files.prior is not None:
+        _check(hash_checkpoint(files.prior), study.generator.prior_sha256, "generator.prior_sha256")
     start = trainable_state(load_family(study, files, encoders=False).module)
     resolved = Resolved(
         study=study,

@@ -103,12 +103,13 @@ def gather(ca: x509.Certificate, resolved: Resolved, files: BaseFiles, contact: 
     """
     generator = resolved.study.generator
     if generator.large:
-        if _only_here(str(generator.base)):
-            raise BadInput(
-                f"`generator.base = {generator.base!r}` is a folder on this machine, and a kit cannot carry "
-                "a large model; name its Hugging Face id with generator.base_revision; a site "
-                "without a network takes it with `polyclinic-client base add FOLDER`"
-            )
+        for field, source in generator.checkpoints.items():
+            if _only_here(source):
+                raise BadInput(
+                    f"`generator.{field} = {source!r}` is a folder on this machine, and no kit carries a "
+                    f"large model; name its Hugging Face id with generator.{field}_revision; a site "
+                    "without a network takes it with `polyclinic-client base add FOLDER`"
+                )
         return Contents(ca, resolved, {}, BaseIndex(), contact)
     if _only_here(generator.text_encoder):
         raise BadInput(
@@ -193,7 +194,7 @@ def instructions(name: str, kit: Kit, contents: Contents) -> str:
         study_hash=grouped(contents.resolved.hash),
         ca=fingerprint(contents.ca),
         contact=contents.contact,
-        hub=[x for x in (study.generator.vae, study.generator.text_encoder) if _from_hub(x)],
+        hub=[x for x in study.generator.sources if _from_hub(x)],
     )
 
 

@@ -45,8 +45,8 @@ def open_generator(run_dir: Path, number: int | None) -> tuple[Resolved, Family]
     resolved = load_resolved(run_dir)
     place = run_dir / "base.json"
     files = BaseFiles.model_validate_json(place.read_text(encoding="utf-8"))
-    for path in (files.vae, files.frozen, files.pipeline):
-        if path is not None and not path.exists():
+    for path in files.paths:
+        if not path.exists():
             raise BadInput(f"{run_dir}: its base is no longer at {path}; put it back, or correct {place}")
     study = resolved.study
     device = pick_device(study.training.device)

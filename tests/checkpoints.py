@@ -19,7 +19,20 @@ def save(name: str, folder: Path, **changes: Any) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         MAKERS[name](**changes).save_pretrained(path)
+        if name == "kandinsky-2-2":
+            kandinsky_2_2_prior().save_pretrained(prior_of(path))
     return path
+
+
+def prior_of(base: Path) -> Path:
+    """The checkpoint that stands beside a decoder's."""
+    return base.with_name(f"{base.name}-prior")
+
+
+def generator_table(name: str, base: Path, **more: Any) -> dict[str, Any]:
+    """A study's `generator` table that names the checkpoint."""
+    prior = {"prior": str(prior_of(base))} if name == "kandinsky-2-2" else {}
+    return {"family": FAMILY_OF[name], "base": str(base), "max_tokens": 8, **prior, **more}
 
 
 def clip(width: int, *, projected: bool = False) -> tuple[Any, Any]:
@@ -216,6 +229,76 @@ def stable_diffusion_3() -> Any:
     )
 
 
+def kandinsky_2_2() -> Any:
+    """The decoder."""
+    from diffusers import DDPMScheduler, KandinskyV22Pipeline, UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        cross_attention_dim=16,
+        encoder_hid_dim=24,
+        encoder_hid_dim_type="image_proj",
+        addition_embed_type="image",
+        attention_head_dim=8,
+        norm_num_groups=8,
+        resnet_time_scale_shift="scale_shift",
+    )
+    scheduler = DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="linear",
+        variance_type="learned_range",
+        clip_sample=True,
+        clip_sample_range=2.0,
+        thresholding=True,
+        dynamic_thresholding_ratio=0.999,
+    )
+    return KandinskyV22Pipeline(unet=unet, scheduler=scheduler, movq=movq())
+
+
+def kandinsky_2_2_prior() -> Any:
+    from diffusers import KandinskyV22PriorPipeline, PriorTransformer, UnCLIPScheduler
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    tokenizer, encoder = clip(24, projected=True)
+    eye = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    prior = PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=24, num_embeddings=77
+    )
+    for parameter in (prior.positional_embedding, prior.prd_embedding, prior.clip_mean):
+        torch.nn.init.normal_(parameter, std=0.5)
+    torch.nn.init.uniform_(prior.clip_std, 0.5, 1.5)
+    return KandinskyV22PriorPipeline(
+        prior=prior,
+        image_encoder=CLIPVisionModelWithProjection(eye),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        scheduler=UnCLIPScheduler(clip_sample_range=5.0, prediction_type="sample"),
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ),
+    )
+
+
 def kandinsky_3() -> Any:
     from diffusers import DDPMScheduler, Kandinsky3Pipeline, Kandinsky3UNet
 
@@ -248,15 +331,27 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "stable-diffusion-3": stable_diffusion_3,
     "flux": flux,
     "flux-schnell": lambda: flux(guided=False),
+    "kandinsky-2-2": kandinsky_2_2,
     "kandinsky-3": kandinsky_3,
 }
 
 
 def reloaded(base: Path, adapters: Path, dtype: torch.dtype) -> Any:
     """What a person has who follows the export's README: plain diffusers alone."""
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, KandinskyV22CombinedPipeline
     from peft import PeftModel
 
+    if prior_of(base).exists():
+        decoder, prior = (
+            DiffusionPipeline.from_pretrained(path, dtype=dtype) for path in (base, prior_of(base))
+        )
+        for owner, part, place in ((decoder, "unet", "unet"), (prior, "prior", "prior_prior")):
+            network = PeftModel.from_pretrained(
+                getattr(owner, part), adapters / place, autocast_adapter_dtype=False
+            )
+            owner.register_modules(**{part: network})
+        priors = {f"prior_{name}": component for name, component in prior.components.items()}
+        return KandinskyV22CombinedPipeline(**decoder.components, **priors)
     pipeline = DiffusionPipeline.from_pretrained(base, dtype=dtype)
     if (adapters / "adapter_config.json").exists():
         pipeline.unet = PeftModel.from_pretrained(pipeline.unet, adapters, autocast_adapter_dtype=False)
@@ -272,6 +367,7 @@ FAMILY_OF = {
     "stable-diffusion-3": "stable-diffusion-3",
     "flux": "flux",
     "flux-schnell": "flux",
+    "kandinsky-2-2": "kandinsky-2-2",
     "kandinsky-3": "kandinsky-3",
 }
-SIZE_OF = {"kandinsky-3": 64}
+SIZE_OF = {"kandinsky-2-2": 64, "kandinsky-3": 64}

@@ -43,9 +43,10 @@ class Limit:
         from transformers import AutoTokenizer
 
         if settings.large:
-            pipeline, facts = large_files(settings, weights=False).pipeline, FAMILIES[settings.family]
-            assert pipeline is not None
-            text, self.most = pipeline / facts.tokenizer, facts.tokens or settings.max_tokens
+            files, facts = large_files(settings, weights=False), FAMILIES[settings.family]
+            folder = files.prior or files.pipeline
+            assert folder is not None
+            text, self.most = folder / facts.tokenizer, facts.tokens or settings.max_tokens
         else:
             text = resolve(settings.text_encoder, settings.text_encoder_revision, "generator.text_encoder")
             self.most = settings.max_tokens

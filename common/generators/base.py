@@ -124,6 +124,7 @@ class BaseFiles(BaseModel):
         vae: Folder of MSDM's autoencoder; None for a large model, or where it is not there yet.
         frozen: MSDM's weights of the whole network, where only a part of it trains.
         pipeline: Folder of a large model's pretrained pipeline.
+        prior: Folder of its prior's, where it has one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -131,6 +132,12 @@ class BaseFiles(BaseModel):
     vae: Path | None = None
     frozen: Path | None = None
     pipeline: Path | None = None
+    prior: Path | None = None
+
+    @property
+    def paths(self) -> list[Path]:
+        """Every part that is there."""
+        return [path for path in (self.vae, self.frozen, self.pipeline, self.prior) if path is not None]
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

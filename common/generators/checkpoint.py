@@ -42,16 +42,19 @@ def large_files(settings: GeneratorSettings, *, weights: bool = True) -> BaseFil
     Raises:
         BadInput: It is neither here nor to be had, or is another family's.
     """
-    assert settings.base is not None
-    folder = _find(settings.base, settings.base_revision, "generator.base", weights)
-    kind = read_index(folder)["_class_name"]
-    known = FAMILIES[settings.family].pipelines
-    if kind not in known:
-        raise BadInput(
-            f'`generator.base = "{settings.base}"` is a {kind}, but family = "{settings.family}" takes '
-            f"{' or '.join(known)}; name another base or family"
-        )
-    return BaseFiles(pipeline=folder.resolve())
+    family, found = FAMILIES[settings.family], {}
+    wanted = {"base": family.pipelines, **({"prior": family.priors} if family.priors else {})}
+    for field, known in wanted.items():
+        source, revision = getattr(settings, field), getattr(settings, f"{field}_revision")
+        folder = _find(source, revision, f"generator.{field}", weights)
+        kind = read_index(folder)["_class_name"]
+        if kind not in known:
+            raise BadInput(
+                f'`generator.{field} = "{source}"` is a {kind}, but family = "{settings.family}" takes '
+                f"{' or '.join(known)}; name another {field} or family"
+            )
+        found[field] = folder.resolve()
+    return BaseFiles(pipeline=found["base"], prior=found.get("prior"))
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -69,6 +72,28 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(index.get("_class_name"), str) or not libraries <= LIBRARIES:
         raise BadInput(f"{folder / INDEX} asks for code beyond diffusers and transformers; it is never run")
     return index
+
+
+def class_of(folder: Path, part: str | None = None) -> Any:
+    """Find diffusers' class of a pipeline's part, or of the pipeline itself."""
+    import diffusers
+
+    index = read_index(folder)
+    return getattr(diffusers, index[part][1] if part else index["_class_name"])
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a part's configuration.
+
+    Raises:
+        BadInput: It is not there.
+    """
+    path = folder / "config.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} is not there or no JSON; name a whole pipeline") from error
+    return found
 
 
 def _find(source: str, revision: str | None, field: str, weights: bool) -> Path:
@@ -168,6 +193,8 @@ def hash_files(files: BaseFiles, study: Study) -> str:
         return hash_base(files.vae, text, settings.max_tokens, files.frozen)
     assert files.pipeline is not None
     parts = [hash_checkpoint(files.pipeline), f"max_tokens={settings.max_tokens}", settings.precision]
+    if files.prior is not None:
+        parts.append(f"prior={hash_checkpoint(files.prior)}")
     if freezes_a(study):
         # Then A is a part of the base: drawn at every site from this seed, and never sent.
         lora = settings.lora

@@ -26,6 +26,7 @@ class Facts:
         prompt_dropout: Share of views without a prompt; 0 where drawing has no other guidance.
         tokenizer: Folder of the tokenizer that cuts a prompt.
         tokens: Where it cuts; None where `generator.max_tokens` says.
+        priors: Pipelines that the checkpoint of its prior may say it is, where it has one.
         distilled: Terms of a base that takes guidance as an input, where they are others.
     """
 
@@ -39,6 +40,7 @@ class Facts:
     tokenizer: str = "tokenizer"
     tokens: int | None = None
     distilled: str = ""
+    priors: tuple[str, ...] = ()
 
 
 FAMILIES: dict[str, Facts] = {
@@ -58,6 +60,15 @@ FAMILIES: dict[str, Facts] = {
         "research and for those who earn less a year than it says; others need a licence of Stability AI.",
         BOTH_STREAMS,
         tokenizer="tokenizer_3",
+    ),
+    "kandinsky-2-2": Facts(
+        "kandinsky_2_2:Kandinsky22",
+        ("KandinskyV22Pipeline",),
+        "kandinsky-community/kandinsky-2-2-decoder",
+        "Kandinsky 2.2 is published under Apache-2.0.",
+        snr_gamma=5.0,
+        tokens=77,
+        priors=("KandinskyV22PriorPipeline",),
     ),
     "kandinsky-3": Facts(
         "kandinsky_3:Kandinsky3",

@@ -81,8 +81,8 @@ class Kandinsky3(MovqModel):
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)  # tensors it leaves as the decoder gives them
 
 
-def recomputed(forward: Any, *arguments: Any) -> Any:
+def recomputed(forward: Any, *arguments: Any, **named: Any) -> Any:
     """Run a block so that its activations are computed again in the backward pass."""
     if not torch.is_grad_enabled():
-        return forward(*arguments)
-    return checkpoint(forward, *arguments, use_reentrant=False)
+        return forward(*arguments, **named)
+    return checkpoint(forward, *arguments, use_reentrant=False, **named)

@@ -7,9 +7,8 @@ study wants that. A concrete family adds how its pipeline conditions, noises and
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.common.generators.base import BaseFiles, Tensors, Views, in_batches, named, run_pipeline
-from polyclinic.common.generators.checkpoint import hash_files, read_index
+from polyclinic.common.generators.checkpoint import class_of, hash_files, read_config, read_index
 from polyclinic.common.generators.diffusion import (
     Noised,
     cumulative_alphas,
@@ -29,7 +28,7 @@ from polyclinic.common.generators.diffusion import (
 )
 from polyclinic.common.generators.families import freezes_a
 from polyclinic.common.generators.lora import adapter_layers, add_adapters, merged_copy
-from polyclinic.common.generators.release import in_pipeline, save_adapters
+from polyclinic.common.generators.release import in_pipeline, save_adapters, usage, write_card
 from polyclinic.common.refusals import BadInput
 
 if TYPE_CHECKING:
@@ -74,10 +73,12 @@ class LargeModel:
         transformers_logging.disable_progress_bar()  # our own bars speak
         assert files.pipeline is not None
         self.study, self.settings, self.device = study, study.generator, device
-        self.size, self.folder = study.data.image_size, files.pipeline
+        self.size, self.files, self.folder = study.data.image_size, files, files.pipeline
         self.dtype = TYPES[self.settings.precision]
         self.index = read_index(self.folder)
-        self.scheduler = self._class("scheduler").from_pretrained(self.folder, subfolder="scheduler")
+        self.scheduler = class_of(self.folder, "scheduler").from_pretrained(
+            self.folder, subfolder="scheduler"
+        )
         self.vae_config = self._config(self.vae_part)
         self._check_size()
         self.alphas: Tensor | None = None  # where it is a flow
@@ -264,25 +265,24 @@ class LargeModel:
         if not merged:
             save_adapters(self, folder)
             return
-        pipeline = self.pipeline()
-        pipeline.register_modules(**{self.part: merged_copy(self.module)})
+        pipeline, networks = self.pipeline(), self.networks()
+        pipeline.register_modules(**{name: merged_copy(network) for name, network in networks.items()})
         pipeline.save_pretrained(folder, safe_serialization=True)
-        pipeline.register_modules(**{self.part: self.module})
+        pipeline.register_modules(**networks)
+        write_card(self, folder, merged=True)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that have adapters, by their names in the pipeline."""
+        return {self.part: self.module}
+
+    def usage(self) -> list[str]:
+        """Python lines by which a person loads what `save` wrote."""
+        return usage(self)
 
     # ------------------------------------------------------------ loading
 
-    def _class(self, part: str) -> Any:
-        import diffusers
-
-        return getattr(diffusers, self.index[part][1])
-
     def _config(self, part: str) -> dict[str, Any]:
-        path = self.folder / part / "config.json"
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{path} is not there or no JSON; name a whole pipeline") from error
-        return found
+        return read_config(self.folder / part)
 
     def _check_size(self) -> None:
         if self.size % self.multiple:
@@ -293,38 +293,40 @@ class LargeModel:
             )
 
     def _load_network(self) -> nn.Module:
-        maker = self._class(self.part)
+        return self._load_part(self.part, self.folder)
+
+    def _load_part(self, part: str, folder: Path) -> nn.Module:
+        maker = class_of(folder, part)
         if self.device == "meta":
             # Nothing is allocated, so that a model that does not fit can be counted.
             with torch.device("meta"):
-                network: nn.Module = maker.from_config(maker.load_config(self.folder, subfolder=self.part))
+                network: nn.Module = maker.from_config(maker.load_config(folder, subfolder=part))
             return nn.Module.to(network, self.dtype)
-        network = self._from_pretrained(maker, self.part)
+        with _naming(folder / part):
+            network = maker.from_pretrained(folder, subfolder=part, dtype=self.dtype, use_safetensors=True)
         # Placed before it gets adapters: moved later, they would train and not be used (Opacus #820).
         return network.to(self.device)
 
-    def _from_pretrained(self, maker: Any, part: str) -> Any:
-        try:
-            return maker.from_pretrained(self.folder, subfolder=part, dtype=self.dtype, use_safetensors=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise BadInput(f"{self.folder / part} cannot be loaded ({first}); put the base back") from error
-
     def _load_encoders(self) -> Any:
-        maker, without = self._class_of_pipeline(), {self.part: None}
-        for part in ("safety_checker", "feature_extractor", "image_encoder"):
-            if part in self.index:
-                without[part] = None  # no part of training or drawing
-        try:
+        # Neither of the others takes part in training or drawing.
+        return self._load_pipeline(
+            self.folder, (self.part, "safety_checker", "feature_extractor", "image_encoder")
+        )
+
+    def _load_pipeline(self, folder: Path, without: Sequence[str]) -> Any:
+        maker, index = class_of(folder), read_index(folder)
+        absent = {part: None for part in without if part in index}
+        with _naming(folder):
             pipeline = maker.from_pretrained(
-                self.folder, dtype=self.dtype, use_safetensors=True, trust_remote_code=False, **without
+                folder, dtype=self.dtype, use_safetensors=True, trust_remote_code=False, **absent
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise BadInput(f"{self.folder} cannot be loaded ({first}); put the base back") from error
         return pipeline.to(self.device)
 
-    def _class_of_pipeline(self) -> Any:
-        import diffusers
 
-        return getattr(diffusers, self.index["_class_name"])
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise BadInput(f"{folder} cannot be loaded ({first}); put the base back") from error

@@ -88,6 +88,13 @@ def adapter_state(module: nn.Module) -> Tensors:
     }
 
 
+def adapter_config(module: nn.Module, network: nn.Module) -> LoraConfig:
+    """The configuration by which PEFT puts one network's adapters into it, as `add_adapters` put them in."""
+    whole: LoraConfig = module.peft_config[ADAPTER]  # type: ignore[index]
+    names = [path for path, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
+    return LoraConfig(r=whole.r, lora_alpha=whole.lora_alpha, target_modules=names, init_lora_weights=False)
+
+
 def merged_copy(module: nn.Module) -> nn.Module:
     """Copy a network with its adapters added to its weights; what is left is the plain network."""
     whole = copy.deepcopy(module)

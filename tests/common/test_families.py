@@ -21,7 +21,7 @@ from polyclinic.common.generators.lora import adapter_state
 from polyclinic.common.privacy.clipping import ENGINES, tau
 from polyclinic.common.selftest import self_test
 from polyclinic.common.study import Study, parse_study
-from tests.checkpoints import FAMILY_OF, SIZE_OF, reloaded, save
+from tests.checkpoints import FAMILY_OF, SIZE_OF, generator_table, reloaded, save
 from tests.common.test_engines import check_exact, gap, gradients, norm, select, views_for
 
 NAMES = sorted(FAMILY_OF)
@@ -41,12 +41,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 def study_of(name: str, base: Path, **generator: Any) -> Study:
-    values = {"family": FAMILY_OF[name], "base": str(base), "lora": {"rank": 4}, "precision": "fp32"}
+    values = generator_table(name, base, lora={"rank": 4}, precision="fp32")
     return parse_study(
         {
             "name": "tiny",
             "data": {"image_size": SIZE_OF.get(name, 32)},
-            "generator": {**values, "max_tokens": 8, **generator},
+            "generator": {**values, **generator},
             "federation": {"lora_aggregation": "factors"},  # A trains, too
             "evaluation": {"prompts": [{"text": "a polyp"}], "steps": 2, "guidance": 3.0},
         },
@@ -178,7 +178,8 @@ def test_plain_diffusers_draws_the_same_image_from_the_adapters(
     family = make(name, encoders=True, move=0.3, precision=precision)
     mine = draw(family, family.pipeline())
     family.save(tmp_path, merged=False)
-    assert {p.suffix for p in tmp_path.iterdir()} <= {".safetensors", ".json", ".md"}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md"}
     theirs = reloaded(family.folder, tmp_path, family.dtype)
     assert torch.equal(draw(family, theirs), mine)
     bare = make(name, encoders=True, move=0.0, precision=precision)

@@ -20,12 +20,13 @@ from polyclinic.common.study import Study, parse_study
 from polyclinic.common.wire_reading import unpack_reply
 from polyclinic.server.release import export, open_generator
 from polyclinic.simulation.run import simulate
-from tests.checkpoints import SIZE_OF, reloaded, save
+from tests.checkpoints import SIZE_OF, generator_table, reloaded, save
 
 PROMPTS = ["a polyp", "no polyp"]
 # Every family by another of the rules, and every rule by a family.
 FEDERATION: dict[str, dict[str, Any]] = {
     "flux": {"lora_aggregation": "freeze-a"},
+    "kandinsky-2-2": {"lora_aggregation": "freeze-a", "transport": "int8"},
     "kandinsky-3": {"lora_aggregation": "factors"},
     "stable-diffusion": {"lora_aggregation": "alternate", "transport": "int8"},
     "stable-diffusion-3": {"lora_aggregation": "stack", "transport": "int8"},
@@ -37,7 +38,7 @@ def study_of(name: str, base: Path, **tables: dict[str, Any]) -> Study:
     values: dict[str, Any] = {
         "name": "tiny",
         "data": {"image_size": SIZE_OF.get(name, 32)},
-        "generator": {"family": name, "base": str(base), "lora": {"rank": RANK}, "max_tokens": 8},
+        "generator": generator_table(name, base, lora={"rank": RANK}),
         "privacy": {"delta": 1e-3, "sampling_rate": 0.5, "views": 2, "canaries": 0},
         "training": {"rounds": 2, "steps_per_round": 1, "learning_rate": 0.1, "device": "cpu", "threads": 1},
         "federation": {"min_sites": 2, **FEDERATION[name]},
