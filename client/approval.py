@@ -38,7 +38,7 @@ from polyclinic.common.generators.base import BaseFiles, load_family
 from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.privacy.tap import toss_coins
 from polyclinic.common.refusals import BadInput, Refusal
-from polyclinic.common.study import CODE_VERSION, Resolved, differences
+from polyclinic.common.study import CODE_VERSION, Resolved, Study, differences
 
 
 class Approval(BaseModel):
@@ -56,7 +56,8 @@ class Approval(BaseModel):
         declared_patients: Public size of the site, from its policy.
         sigma: Noise of the whole schedule; 0 where not private.
         divisor: Public constant a sum is divided by: q x declared patients.
-        epsilon: Of the whole schedule; None where not private.
+        epsilon: Of the rounds this site takes part in; None where not private.
+        rounds: How many of the study's rounds, from the first, were set aside; None: all of them.
         dependencies: Distribution to its version and the hash of its RECORD.
         data: The data folder; None in a simulation, whose sites have no folder of their own.
         noise: Where the noise comes from, in words.
@@ -79,6 +80,7 @@ class Approval(BaseModel):
     sigma: float
     divisor: float
     epsilon: float | None
+    rounds: int | None = None
     dependencies: dict[str, str] = {}
     data: Path | None = None
     noise: str = ""
@@ -105,6 +107,7 @@ def prepare_and_approve(
     files: BaseFiles,
     *,
     data: Path | None = None,
+    rounds: int | None = None,
     renew: bool = False,
 ) -> Approval:
     """Cache a site's images, check the policy, earmark the budget and write the approval.
@@ -116,8 +119,10 @@ def prepare_and_approve(
         records: The accepted table.
         files: Where the frozen parts lie here; their hash must be the study's.
         data: The folder the table came from; remembered, and watched from now on.
+        rounds: Take part in the first so many rounds only, since the budget has no room for more; later
+            ones are refused. None: in all.
         renew: A person saw what drifted since this study was approved and approves it as it is now;
-            id, budget, noise and declared size stay what they were.
+            id, budget, rounds, noise and declared size stay what they were.
 
     Raises:
         Refusal: The policy forbids it, or the base is another one.
@@ -141,10 +146,10 @@ def prepare_and_approve(
             f"site {site}: fewer patients than min_patients = {policy.min_patients} in its policy; "
             "bring more data or lower that limit"
         )
-    sigma, releases, epsilon = noise_of(policy, resolved)
+    sigma, releases, epsilon = noise_of(policy, resolved, rounds)
     if known:
         _check_renewal(known, policy, sigma)
-        sigma, releases, epsilon = known.sigma, known.releases, known.epsilon
+        sigma, releases, epsilon, rounds = known.sigma, known.releases, known.epsilon, known.rounds
     check_noise(policy, study, sigma)
     check_base(resolved, files)
     extractor = site_extractor(resolved)
@@ -165,6 +170,7 @@ def prepare_and_approve(
         sigma=sigma,
         divisor=study.privacy.sampling_rate * policy.declared_patients,
         epsilon=epsilon,
+        rounds=rounds,
         dependencies=dependencies(),
         data=data and data.resolve(),
         noise=study.privacy.noise_words,
@@ -237,7 +243,7 @@ def _check_renewal(known: Approval, policy: Policy, sigma: float) -> None:
 
 
 def _set_aside(ledger: Books, approval: Approval, policy: Policy) -> None:
-    """Earmark the study's whole schedule, and commit to the tap's coins."""
+    """Earmark the schedule of the approved rounds, and commit to the tap's coins."""
     study, epsilon = approval.resolved.study, approval.epsilon
     # A crash between earmark and approval leaves an earmark that nothing can draw on: give it back.
     for line in [x for x in ledger.lines if x["kind"] == "earmark" and x["study"] == approval.resolved.hash]:
@@ -247,7 +253,7 @@ def _set_aside(ledger: Books, approval: Approval, policy: Policy) -> None:
         study=approval.resolved.hash,
         sigma=approval.sigma,
         rate=study.privacy.sampling_rate,
-        steps=study.total_steps,
+        steps=_steps(study, approval.rounds),
         delta=study.privacy.delta,
         epsilon=float("inf") if epsilon is None else epsilon,
         cap=policy.epsilon_total,
@@ -279,17 +285,29 @@ def _watched(home: Path, approval: Approval) -> Path:
     return home / "approvals" / f"{approval.resolved.hash}.data"
 
 
-def noise_of(policy: Policy, resolved: Resolved) -> tuple[float, dict[str, float], float | None]:
+def noise_of(
+    policy: Policy, resolved: Resolved, rounds: int | None = None
+) -> tuple[float, dict[str, float], float | None]:
     """Noise of the rounds and of each extra release, and what all of it together claims (rule 5).
 
-    The claim stays within min(study's epsilon, the site's cap).
+    The noise is the whole schedule's, whose claim stays within min(study's epsilon, the site's cap): a site
+    that takes part in fewer rounds claims less, it does not add less noise.
+
+    Raises:
+        BadInput: `rounds` is no number of rounds of this study.
     """
     study = resolved.study
+    if rounds is not None and not 1 <= rounds <= study.training.rounds:
+        raise BadInput(f"--rounds {rounds}: {study.name} has {study.training.rounds}; give 1 to that many")
     if not study.privacy.enabled:
         return 0.0, release_noise(study.privacy, study.releases), None
     target = min(study.privacy.epsilon, policy.epsilon_per_study)
-    sigma, releases, history = study_noise(study, target)
-    return sigma, releases, claim(history, study.privacy.delta)
+    sigma, releases, (*beside, (_, rate, _)) = study_noise(study, target)
+    return sigma, releases, claim((*beside, (sigma, rate, _steps(study, rounds))), study.privacy.delta)
+
+
+def _steps(study: Study, rounds: int | None) -> int:
+    return study.total_steps if rounds is None else rounds * study.training.steps_per_round
 
 
 def find_approval(home: Path, study_hash: str) -> Approval | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from bisect import bisect_left
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from polyclinic.client.approval import check_base, list_approvals, noise_of, open_approval
 from polyclinic.client.ledger_books import Books
 from polyclinic.client.ledger_chain import inspect
-from polyclinic.client.policy import check_noise, check_study, load_policy
+from polyclinic.client.policy import Policy, check_noise, check_study, load_policy
 from polyclinic.common.adapters import trained
 from polyclinic.common.cost import view_flops
 from polyclinic.common.data.table import Record
@@ -19,6 +20,7 @@ from polyclinic.common.features.fourier import BOUND
 from polyclinic.common.generators.base import BaseFiles, Tensors, load_family, trainable
 from polyclinic.common.generators.checkpoint import licence
 from polyclinic.common.privacy.accounting import claim
+from polyclinic.common.refusals import Refusal
 from polyclinic.common.study import Resolved, Study, differences
 from polyclinic.common.wire import DIFFERENCE, FACTS, HASHES, SCALE, SUM, TAP, ReleaseFacts, ReplyFacts
 
@@ -42,7 +44,12 @@ RELEASE_FIELDS = {
 
 
 def terms(
-    home: Path, site: str, resolved: Resolved, records: list[Record], files: BaseFiles
+    home: Path,
+    site: str,
+    resolved: Resolved,
+    records: list[Record],
+    files: BaseFiles,
+    rounds: int | None = None,
 ) -> dict[str, Any]:
     """Gather what approving a study would mean; nothing is written.
 
@@ -52,17 +59,23 @@ def terms(
         resolved: The study.
         records: The site's table.
         files: Where the frozen parts lie here.
+        rounds: Take part in the first so many only; None: in all.
 
     Returns:
         JSON-safe facts; an infinite epsilon is the string "inf".
 
     Raises:
-        Refusal: The policy forbids it, or the ledger is not whole.
+        Refusal: The policy forbids it, the ledger is not whole, or the budget has no room; then it says how
+            many rounds would fit.
         BadInput: The policy or the study cannot be met.
     """
     study, policy = resolved.study, load_policy(home)
     check_study(policy, study, resolved.base_hash)
-    sigma, releases, epsilon = noise_of(policy, resolved)
+    known = open_approval(home, resolved.hash)
+    rounds = known.rounds if known else rounds
+    sigma, releases, epsilon = noise_of(policy, resolved, rounds)
+    taken = rounds or study.training.rounds
+    steps = taken * study.training.steps_per_round
     check_noise(policy, study, sigma)
     check_base(resolved, files)
     family = load_family(study, files, device="meta", encoders=False, rank=policy.lora_rank)  # to count
@@ -73,7 +86,8 @@ def terms(
     batch = study.privacy.sampling_rate * policy.declared_patients
     books = Books(home, inspect(home)[0])
     spent = books.committed()
-    known = open_approval(home, resolved.hash)
+    if not known and epsilon is not None and spent[0] + epsilon > policy.epsilon_total:
+        raise Refusal("budget-exhausted", _room(policy, resolved, spent[0], epsilon, taken))
     more = (0.0, 0.0) if known else (float("inf") if epsilon is None else epsilon, study.privacy.delta)
     earlier = [a.resolved for a in list_approvals(home) if a.resolved.study.name == study.name]
     transport = study.federation.transport
@@ -86,9 +100,10 @@ def terms(
         "approved_already": known is not None,
         "private": study.privacy.enabled,
         "test_randomness": study.training.test_key is not None,
-        "rounds": study.training.rounds,
+        "rounds": taken,
+        "rounds_of_study": study.training.rounds,
         "steps_per_round": study.training.steps_per_round,
-        "steps": study.total_steps,
+        "steps": steps,
         "generator": study.generator.words,
         "trained_numbers": numbers,
         "base_hash": resolved.base_hash,
@@ -121,11 +136,22 @@ def terms(
         "transport": transport,
         "bytes_up": up * _BYTES[transport],
         "bytes_down": round(numbers * narrower) * _BYTES[down],
-        "flops": float(view_flops(family) * study.privacy.views * batch * study.total_steps),
+        "flops": float(view_flops(family) * study.privacy.views * batch * steps),
         "leaves": {**PARTS, **FIELDS},
         "leaves_once": RELEASE_FIELDS if releases or study.releases.leakage_gate else {},
         "differs_from_approved": differences(earlier[-1], resolved) if earlier else [],
     }
+
+
+def _room(policy: Policy, resolved: Resolved, spent: float, epsilon: float, rounds: int) -> str:
+    """Say that the cap leaves no room for so many rounds, and for how many it does."""
+    said = f"epsilon: committed {spent:.2f}; asked {epsilon:.2f}; cap {policy.epsilon_total:.2f}"
+
+    def too_many(number: int) -> bool:
+        return spent + (noise_of(policy, resolved, number)[2] or 0.0) > policy.epsilon_total
+
+    fit = bisect_left(range(1, rounds), True, key=too_many)
+    return said + (f"; there is room for the first {fit} rounds: approve with --rounds {fit}" if fit else "")
 
 
 def _release(study: Study, name: str, noise: float) -> dict[str, float | str]:
@@ -165,11 +191,14 @@ def _head(facts: dict[str, Any]) -> str:
 def _happens(facts: dict[str, Any]) -> str:
     gpu = facts["max_gpu_memory_gb"]
     limit = f", at most {gpu:g} GB of it" if gpu and facts["device"] != "cpu" else ""
+    rounds = f"{facts['rounds']} rounds"
+    if facts["rounds"] < facts["rounds_of_study"]:
+        rounds = f"The first {facts['rounds']} of {facts['rounds_of_study']} rounds, and no later one,"
     ignored = " (max_gpu_memory_gb has no effect: no GPU is used)" if gpu and facts["device"] == "cpu" else ""
     rank = f" (of rank {facts['lora_rank']} here)" if facts["lora_rank"] else ""
     return _paragraphs(
         "What happens",
-        f"{facts['rounds']} rounds of {facts['steps_per_round']} steps train {facts['trained_numbers']:,} "
+        f"{rounds} of {facts['steps_per_round']} steps train {facts['trained_numbers']:,} "
         f"numbers of the generator {facts['generator']}{rank} on {facts['images']} images of "
         f"{facts['patients']} {facts['unit']}s, on {facts['device']}{limit}{ignored}, begun "
         f"{facts['allowed_hours'] or 'at any hour'}. "
@@ -243,11 +272,13 @@ def _costs(facts: dict[str, Any]) -> str:
     )
     first = before if isinstance(before, str) else f"{before:.3f}"
     last = after if isinstance(after, str) else f"{after:.3f}"
+    cut = facts["rounds"] < facts["rounds_of_study"]
+    whole = f"its first {facts['rounds']} rounds" if cut else "the whole study"
     once = ", with what leaves once" if facts["releases"] else ""
     return _paragraphs(
         "What it costs",
-        f"Each {facts['unit']}: epsilon {facts['epsilon']:.3f} at delta {facts['delta']:.2g} for the whole "
-        f"study{once}, by noise of sigma {facts['sigma']:g} on contributions of at most {facts['clip']:g}, a "
+        f"Each {facts['unit']}: epsilon {facts['epsilon']:.3f} at delta {facts['delta']:.2g} for {whole}"
+        f"{once}, by noise of sigma {facts['sigma']:g} on contributions of at most {facts['clip']:g}, a "
         f"{facts['unit']} being in a step with chance {facts['sampling_rate']:g}; for the declared size of "
         f"{facts['declared_patients']}.",
         f"Whose noise: this site's own, {facts['noise']}. The promise rests on it alone: not on the "

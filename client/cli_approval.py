@@ -47,6 +47,12 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--data", type=Path, required=True, metavar="DIR", help="folder with this site's data"
     )
+    command.add_argument(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="take part in the first N only: the budget has no room for more",
+    )
     command.add_argument("--yes", action="store_true", help="do not ask")
     common_options(command)
     command.set_defaults(act=_approve)
@@ -111,7 +117,7 @@ def _approve(arguments: argparse.Namespace) -> None:
     records = site_records(home, study.data, arguments.data)
     site = str(inspect(home)[0][0]["site"])
     files = site_base(home, resolved)
-    facts = terms(home, site, resolved, records, files)
+    facts = terms(home, site, resolved, records, files, arguments.rounds)
     known = open_approval(home, resolved.hash)
     facts["drifted"] = drift(home, known) if known else []
     text = words(facts)
@@ -123,7 +129,9 @@ def _approve(arguments: argparse.Namespace) -> None:
     print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
     if not arguments.yes:
         ask(f"\nTo approve, type the study's name ({study.name}): ", study.name)
-    made = prepare_and_approve(home, site, resolved, records, files, data=arguments.data, renew=True)
+    made = prepare_and_approve(
+        home, site, resolved, records, files, data=arguments.data, rounds=arguments.rounds, renew=True
+    )
     note(home, "approve", study=resolved.hash, approval=made.id)
     facts["approval"] = made.id
     show(arguments, facts, f"\napproved as {made.id}: `polyclinic-client start` answers its rounds")

@@ -16,16 +16,18 @@ from packaging.requirements import Requirement
 
 from polyclinic.client import binding
 from polyclinic.client.app import app
-from polyclinic.client.approval import prepare_and_approve, require_approval
+from polyclinic.client.approval import noise_of, prepare_and_approve, require_approval
 from polyclinic.client.approval_terms import FIELDS, PARTS
 from polyclinic.client.binding import dependencies
 from polyclinic.client.cli import main
 from polyclinic.client.journal_view import read_journal
 from polyclinic.client.ledger_books import open_books
 from polyclinic.client.ledger_chain import read_lines
+from polyclinic.client.policy import load_policy
 from polyclinic.common.data.pixels import snapshot_hash
 from polyclinic.common.generators.base import BaseFiles
 from polyclinic.common.kit import BASE_INDEX
+from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.refusals import REASONS, BadInput, Refusal
 from polyclinic.common.study import CODE_VERSION, differences
 from polyclinic.common.wire import DIFFERENCE, FACTS, HASHES, SCALE, TAP, ReplyFacts
@@ -53,6 +55,14 @@ def hospital(make_site: Any, tmp_path: Path) -> Any:
     (kit / BASE_INDEX).write_text(json.dumps(index))
     (kit / "study.json").write_text(site.resolved.model_dump_json())
     binding._HASHES.clear()
+    return site
+
+
+def make_private(site: Any) -> Any:
+    private = site.resolved.study.privacy.model_copy(update={"enabled": True})
+    study = site.resolved.study.model_copy(update={"privacy": private})
+    site.resolved = site.resolved.model_copy(update={"study": study})
+    (site.home / "kit" / "study.json").write_text(site.resolved.model_dump_json())
     return site
 
 
@@ -286,13 +296,9 @@ def test_approval_asks_and_shows_what_it_means(
 
 
 def test_a_private_study_shows_epsilon_sigma_and_the_share_of_the_caps(
-    make_site: Any, hospital: Any, capsys: pytest.CaptureFixture[str]
+    hospital: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    site = hospital
-    private = site.resolved.study.privacy.model_copy(update={"enabled": True})
-    study = site.resolved.study.model_copy(update={"privacy": private})
-    site.resolved = site.resolved.model_copy(update={"study": study})
-    (site.home / "kit" / "study.json").write_text(site.resolved.model_dump_json())
+    site = make_private(hospital)
     assert approve(site, "--yes", "--json") == 0
     out = capsys.readouterr()
     facts = json.loads(out.out)
@@ -307,6 +313,36 @@ def test_a_private_study_shows_epsilon_sigma_and_the_share_of_the_caps(
     )
     with open_books(site.home) as ledger:
         assert ledger.committed()[0] == facts["epsilon_after"]
+
+
+def test_a_budget_too_small_for_all_rounds_serves_the_first_ones(
+    hospital: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = make_private(hospital)
+    policy = site.home / "policy.toml"
+    noise = noise_of(load_policy(site.home), site.resolved)[0]
+    rate, delta = site.resolved.study.privacy.sampling_rate, site.resolved.study.privacy.delta
+    two, three = (claim(((noise, rate, 2 * rounds),), delta) for rounds in (2, 3))
+    policy.write_text(policy.read_text().replace("epsilon_total = 20.0", f"epsilon_total = {three - 0.01}"))
+    assert approve(site, "--yes") == 3
+    assert "room for the first 2 rounds: approve with --rounds 2" in capsys.readouterr().err
+    assert approve(site, "--yes", "--rounds", "4") == 2
+    assert kinds(site) == ["open"]
+
+    assert approve(site, "--yes", "--rounds", "2") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The first 2 of 3 rounds, and no later one, of 2 steps" in shown
+    assert "for its first 2 rounds" in shown
+    made, _ = require_approval(site.home, site.resolved.hash)
+    assert (made.sigma, made.epsilon) == (noise, two)  # the whole schedule's noise: less is spent, not added
+    assert approve(site, "--yes", "--rounds", "3") == 0  # nothing to agree to: what was fixed stays
+    asked = {"approval": made.id, "state": "c" * 64, "sigma": noise, "rate": rate, "steps": 2, "tau": 0.0}
+    with open_books(site.home) as ledger:
+        for number in (1, 2):
+            ledger.reserve(item=number, **asked)
+        assert ledger.epsilon(made.id) == two
+        with pytest.raises(Refusal, match=r"1003 budget-exhausted.*4 of 4 steps used"):
+            ledger.reserve(item=3, **asked)
 
 
 @pytest.mark.parametrize(

@@ -198,10 +198,13 @@ class Federation:
         call("server", "enroll", request, "--out", answer, "--home", self.server)
         call("client", "certificate", answer, "--home", self.home(site))
 
-    def approve(self, site: str, resolved: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    def approve(
+        self, site: str, resolved: Path, *more: object, code: int = 0
+    ) -> subprocess.CompletedProcess[str]:
         """Approve a resolved study at a site."""
         return call(
             *("client", "approve", resolved, "--data", self.data(site), "--yes", "--home", self.home(site)),
+            *more,
             code=code,
         )
 

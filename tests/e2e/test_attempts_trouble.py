@@ -25,9 +25,9 @@ from tests.e2e.federation import DATA, PATIENTS, SITES, Federation, call, wait_f
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
 WELL, ODD = SITES
-ROUNDS = 10
+ROUNDS, FITTING = 10, 8
 MOODS = {2: "nan", 3: "shape", 4: "norm", 5: "replay", 6: "full", 7: "linger", 8: "slow"}
-CAP = 12.0  # of epsilon in all, at the site that is well until it has given what it may give
+CAP = 7.4  # of epsilon in all, at the site that is well: it is used up in mid-study
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +49,22 @@ def federation(tmp_path_factory: pytest.TempPathFactory, random_vae: Path) -> It
                 f"declared_patients = {PATIENTS}\nmin_patients = 5\nepsilon_per_study = 8.0\n"
                 f"epsilon_total = {cap}\ndelta_total = 0.05\n"
             )
-            made.approve(site, kits[site] / "study.json")
+        made.approve(ODD, kits[ODD] / "study.json")
+        approve_what_fits(made, kits[WELL] / "study.json")
         run_odd_study(made, study)
         yield made
     finally:
         made.stop_all()
         if mounted:
             subprocess.run(["umount", str(small)], check=False)
+
+
+def approve_what_fits(federation: Federation, resolved: Path) -> None:
+    """Approve the rounds that the well site's cap has room for: `approve` says how many those are."""
+    refused = federation.approve(WELL, resolved, code=3).stderr
+    assert "1003 budget-exhausted" in refused
+    assert f"room for the first {FITTING} rounds: approve with --rounds {FITTING}" in refused
+    federation.approve(WELL, resolved, "--rounds", FITTING)
 
 
 def odd_study(federation: Federation) -> Path:
@@ -73,10 +82,9 @@ def run_odd_study(federation: Federation, study: Path) -> None:
     wait_for((federation.root / "lingers").exists, "the odd site is about to train in round 7", 400)
     federation.kill(ODD, "superexec")
 
-    # In round 8 the odd site is stopped, and the other one is closed by its people once it has answered.
+    # In round 8 the odd site is stopped, and the other one answers the last round that its cap has room for.
     wait_for(lambda: any(x["round"] == 8 for x in federation.lines(WELL, study, "settle")), "round 8", 180)
     wait_for((federation.root / "slow").exists, "the odd site is slow")
-    call("client", "close", "odd", "--yes", "--home", federation.home(WELL))
     wait_for(lambda: federation.released(study) >= 8, "round 8 is over", 120)
     (federation.root / "go-on").touch()
     wait_for(lambda: federation.progress(study)["phase"] == "finished", "the study is over", 240)
@@ -198,8 +206,15 @@ def test_a_site_without_budget_refuses_from_then_on(federation: Federation) -> N
         assert found["refused"] == {WELL: "1003 budget-exhausted"}
         assert list(found["replied"]) == [ODD]
         assert outcomes(federation, WELL, number) == ["1003 budget-exhausted"]
-    assert rounds(federation, WELL, "reserve") == rounds(federation, WELL, "settle") == list(range(1, 9))
-    # The cap is on what was spent: the schedule does not fit under it once more.
+    assert (
+        rounds(federation, WELL, "reserve")
+        == rounds(federation, WELL, "settle")
+        == list(range(1, FITTING + 1))
+    )
+    (earmark,) = federation.lines(WELL, federation.root / "odd.toml", "earmark")
+    assert earmark["epsilon"] <= CAP < 8.0
+    # Ended or not, what was spent stays spent: nothing more fits under the cap.
+    call("client", "close", "odd", "--yes", "--home", federation.home(WELL))
     before = (federation.home(WELL) / "ledger.jsonl").read_bytes()
     kit = federation.server / "kits" / WELL / "study.json"
     assert "1003 budget-exhausted" in federation.approve(WELL, kit, code=3).stderr
