@@ -3,11 +3,17 @@
 The SuperLink's Control API asks nobody on the loopback interface who they are. So here, too, a bundle is
 looked at and never unpacked, and the app is the installed one: whoever gets as far as that API can start
 our ServerApp on a run folder that exists, and no code of their own.
+
+A reply is there for Flower as soon as its upload begins, and taking it waits until the upload is whole:
+minutes where a site's link stands still, up to two hours where it trickles, and nobody else's reply is taken
+meanwhile. Here that waiting ends after a minute; the site is then asked again, answers from its store, and
+sends only the pieces that are not there yet.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,12 +29,17 @@ REPLACED = (
     *("install_app_dependencies", "start_parent_process_monitor"),
 )
 
+GRID = "flwr.superlink.grid.http_grid"
+PULLS = "pull_objects"
+PULL_S = 60.0  # for which an upload that has begun is waited for
+
 
 def main() -> None:
-    """Run Flower's `flwr-serverapp` with our check and our app."""
-    runner = import_module(RUNNER)
+    """Run Flower's `flwr-serverapp` with our check, our app, and less patience with a stalled upload."""
+    runner, grid = import_module(RUNNER), import_module(GRID)
     called = runner.run_serverapp.__code__.co_names
     gone = [name for name in REPLACED if not hasattr(runner, name) or name not in called]
+    gone += [PULLS] if not hasattr(grid, PULLS) else []
     if gone:
         sys.exit(f"flwr-serverapp: this Flower's runner does not call {gone[0]}; install the tested release")
 
@@ -49,6 +60,7 @@ def main() -> None:
 
     for name, ours in zip(REPLACED, (check, nowhere, config, fused, install, nowhere), strict=True):
         setattr(runner, name, ours)
+    setattr(grid, PULLS, partial(grid.pull_objects, max_time=PULL_S))
     from flwr.superlink.cli import flwr_serverapp
 
     flwr_serverapp()

@@ -1,4 +1,4 @@
-"""A TCP relay in front of the public port, which cuts connections in the middle of a large body."""
+"""A TCP relay in front of the public port, which cuts or holds connections in the middle of a large body."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ class Relay:
     Attributes:
         port: Where it listens.
         target: Port of the gateway, on loopback.
-        plan: Ways to be cut, in order, once each: `down` (to a site) or `up` (from it).
-        cut: What was cut.
+        plan: What is done, in order, once each: a connection is cut on the way `down` (to a site) or `up`
+            (from it), or one on its way up is held (`hold`): it stays open, and nothing moves.
+        cut: What was done.
+        go_on: Set to let held connections move again.
     """
 
     port: int
     target: int
     plan: list[str] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
+    go_on: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -56,6 +59,8 @@ class Relay:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 counts[way], counts[other] = counts[way] + len(data), 0
+                if counts[way] > LARGE and way == "up" and self._is_planned("hold"):
+                    self.go_on.wait()
                 if counts[way] > LARGE and self._is_planned(way):
                     for end in (source, sink):  # a reset, as a firewall that forgets a connection sends it
                         end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -10,9 +10,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,40 @@ def test_a_study_is_trained_over_links_that_are_cut_in_the_middle_of_a_message(l
     assert (federation.run_dir(study) / "report.html").stat().st_size > 10_000
     if line.nginx:
         assert {x["site"] for x in log(line, status="200")} == set(SITES)
+
+
+def test_a_link_that_stands_still_in_the_middle_of_a_reply_holds_up_nobody_else(line: Line) -> None:
+    federation = line.federation
+    study = federation.write_study("still", rounds=1, min_sites=1, deadline=150, grace=10)
+    resolved = federation.resolved(study)
+    at_once(lambda site: federation.approve(site, resolved), SITES)
+    line.relay.plan, line.relay.cut = ["hold"], []
+    running = federation.run_in_background(study)
+    # The slow link's reply is begun first; the other site answers while it stands still.
+    wait_for(lambda: federation.task(A), "the site with the good link has begun", 120)
+    with frozen(federation.task(A)):
+        wait_for(lambda: line.relay.cut == ["hold"], "a reply stands still", 120)
+        sidecar = federation.parts(B)["sidecar"]["pid"]
+        os.kill(sidecar, signal.SIGSTOP)
+    assert running.wait(timeout=240) == 0
+    found = federation.record(study, 1)
+    assert list(found["replied"]) == [A]
+    assert [found["refused"], found["rejected"], found["absent"]] == [{}, {}, [B]]
+    assert found["seconds"] < 170
+    os.kill(sidecar, signal.SIGCONT)
+    line.relay.go_on.set()
+    # What was set aside was spent, once, and is in the store.
+    for kind in ("reserve", "settle"):
+        assert [x["round"] for x in federation.lines(B, study, kind)] == [1]
+
+
+@contextmanager
+def frozen(process: int) -> Iterator[None]:
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
 
 
 @pytest.fixture(scope="module")

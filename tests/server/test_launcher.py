@@ -6,6 +6,7 @@ import textwrap
 from importlib import import_module
 
 import pytest
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
 
 from polyclinic.server import launcher
 
@@ -28,8 +29,23 @@ def test_flower_still_calls_what_we_replace() -> None:
     assert "server_app_attr=server_app_attr" in source
 
 
-@pytest.mark.parametrize("name", launcher.REPLACED)
+def test_flower_still_waits_for_an_upload_in_the_function_that_we_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grid = import_module(launcher.GRID)
+    assert launcher.PULLS in grid.HttpGrid.pull_messages.__code__.co_names
+    assert "max_time" not in inspect.getsource(grid.HttpGrid.pull_messages)
+
+    def missing(piece: str) -> bytes:
+        raise ObjectUnavailableError(piece)
+
+    # Where pieces stay away, the wait ends: `HttpGrid` makes an error of it, and the site is asked again.
+    with pytest.raises(ObjectPullError, match="timeout"):
+        grid.pull_objects(["piece"], missing, max_time=0.01, initial_backoff=0.02)
+
+
+@pytest.mark.parametrize("name", [*launcher.REPLACED, launcher.PULLS])
 def test_another_flower_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.delattr(import_module(launcher.RUNNER), name)
+    monkeypatch.delattr(import_module(launcher.GRID if name == launcher.PULLS else launcher.RUNNER), name)
     with pytest.raises(SystemExit, match=f"does not call {name}"):
         launcher.main()
