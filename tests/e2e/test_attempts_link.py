@@ -113,7 +113,9 @@ def test_the_shipped_nginx_keeps_strangers_and_other_apis_out(line: Line) -> Non
 
 def test_a_study_is_trained_over_links_that_are_cut_in_the_middle_of_a_message(line: Line) -> None:
     federation = line.federation
-    study = federation.write_study("cut", rounds=2)
+    # After its rounds it asks once for DP-CMMD: that, too, goes through the doors and the books.
+    sums = "[releases]\nfidelity_epsilon = 3.0\nfourier_features = 256"
+    study = federation.write_study("cut", rounds=2, federation=sums)
     resolved = federation.resolved(study)
     at_once(lambda site: federation.approve(site, resolved), SITES)
     at_once(federation.start, SITES)
@@ -126,9 +128,12 @@ def test_a_study_is_trained_over_links_that_are_cut_in_the_middle_of_a_message(l
         assert [found["refused"], found["rejected"], found["absent"]] == [{}, {}, []]
     for site in SITES:
         for kind in ("reserve", "settle"):
-            assert [x["round"] for x in federation.lines(site, study, kind)] == [1, 2]
+            assert [x["round"] for x in federation.lines(site, study, kind)] == [1, 2, "fidelity"]
         verify(federation.home(site), [])
-    assert (federation.run_dir(study) / "report.html").stat().st_size > 10_000
+    run_dir = federation.run_dir(study)
+    assert (run_dir / "report.html").stat().st_size > 10_000
+    told = json.loads((run_dir / "metrics.json").read_text())["federated_fidelity"]
+    assert sorted(told["sites"]) == sorted(SITES)
     if line.nginx:
         assert {x["site"] for x in log(line, status="200")} == set(SITES)
 
