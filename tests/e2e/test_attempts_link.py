@@ -114,7 +114,7 @@ def test_the_shipped_nginx_keeps_strangers_and_other_apis_out(line: Line) -> Non
 def test_a_study_is_trained_over_links_that_are_cut_in_the_middle_of_a_message(line: Line) -> None:
     federation = line.federation
     # After its rounds it asks once for DP-CMMD: that, too, goes through the doors and the books.
-    sums = "[releases]\nfidelity_epsilon = 3.0\nfourier_features = 256"
+    sums = "[releases]\nfidelity_epsilon = 3.0\nfourier_features = 256\n[reference]\npretrain = 0.2\nprobe = 0.2\nevaluate = 0.6"
     study = federation.write_study("cut", rounds=2, federation=sums)
     resolved = federation.resolved(study)
     at_once(lambda site: federation.approve(site, resolved), SITES)
