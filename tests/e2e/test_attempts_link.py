@@ -34,6 +34,15 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 A, B = SITES
 PLAN = ["down", "down", "up", "up", "down", "up"]
 WRONG_S = 600
+SUMS = """
+[releases]
+fidelity_epsilon = 3.0
+fourier_features = 256
+[reference]
+pretrain = 0.2
+probe = 0.2
+evaluate = 0.6
+"""
 
 
 @dataclass
@@ -114,8 +123,7 @@ def test_the_shipped_nginx_keeps_strangers_and_other_apis_out(line: Line) -> Non
 def test_a_study_is_trained_over_links_that_are_cut_in_the_middle_of_a_message(line: Line) -> None:
     federation = line.federation
     # After its rounds it asks once for DP-CMMD: that, too, goes through the doors and the books.
-    sums = "[releases]\nfidelity_epsilon = 3.0\nfourier_features = 256\n[reference]\npretrain = 0.2\nprobe = 0.2\nevaluate = 0.6"
-    study = federation.write_study("cut", rounds=2, federation=sums)
+    study = federation.write_study("cut", rounds=2, federation=SUMS)
     resolved = federation.resolved(study)
     at_once(lambda site: federation.approve(site, resolved), SITES)
     at_once(federation.start, SITES)
