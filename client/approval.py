@@ -25,6 +25,7 @@ from polyclinic.client.ledger import Ledger
 from polyclinic.client.ledger_books import Books, open_books
 from polyclinic.client.ledger_chain import inspect
 from polyclinic.client.policy import Policy, check_noise, check_study, load_policy
+from polyclinic.client.population import hold_apart
 from polyclinic.common.calibration import release_noise, study_noise
 from polyclinic.common.data.cache import build_cache
 from polyclinic.common.data.holdout import position
@@ -125,7 +126,7 @@ def prepare_and_approve(
             id, budget, rounds, noise and declared size stay what they were.
 
     Raises:
-        Refusal: The policy forbids it, or the base is another one.
+        Refusal: The policy forbids it, the base is another one, or another ledger charges a patient of it.
         BadInput: Too few patients, an image that cannot be read, another release, or a renewal that would
             need other noise.
     """
@@ -152,6 +153,8 @@ def prepare_and_approve(
         sigma, releases, epsilon, rounds = known.sigma, known.releases, known.epsilon, known.rounds
     check_noise(policy, study, sigma)
     check_base(resolved, files)
+    if data is not None:
+        hold_apart(home, study.data, data, records)
     extractor = site_extractor(resolved)
     family = load_family(study, files, device=pick_device(study.training.device), network=False)
     trained, held_out = set_apart(records, resolved)

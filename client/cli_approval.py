@@ -109,6 +109,8 @@ def _approve(arguments: argparse.Namespace) -> None:
     from polyclinic.client.base_intake import use_hub
     from polyclinic.client.binding import site_base
     from polyclinic.client.intake import site_records
+    from polyclinic.client.population import compare
+    from polyclinic.client.population import words as beside
 
     home = arguments.home
     use_hub(home)
@@ -120,7 +122,12 @@ def _approve(arguments: argparse.Namespace) -> None:
     facts = terms(home, site, resolved, records, files, arguments.rounds)
     known = open_approval(home, resolved.hash)
     facts["drifted"] = drift(home, known) if known else []
+    others = compare(home, study.data, arguments.data, records)
+    facts["other_ledgers"] = [beside(other, study.data.unit) for other in others]
     text = words(facts)
+    if others:
+        text += "\n\nOther ledgers of this machine's user; who approves confirms that nobody is in two:\n  "
+        text += "\n  ".join(facts["other_ledgers"])
     if facts["drifted"]:
         text += "\n\nApproved before; changed since then: " + "; ".join(facts["drifted"])
     if known and not facts["drifted"]:
@@ -132,7 +139,7 @@ def _approve(arguments: argparse.Namespace) -> None:
     made = prepare_and_approve(
         home, site, resolved, records, files, data=arguments.data, rounds=arguments.rounds, renew=True
     )
-    note(home, "approve", study=resolved.hash, approval=made.id)
+    note(home, "approve", study=resolved.hash, approval=made.id, apart_from=[str(o.home) for o in others])
     facts["approval"] = made.id
     show(arguments, facts, f"\napproved as {made.id}: `polyclinic-client start` answers its rounds")
 

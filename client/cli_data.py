@@ -27,6 +27,15 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--quarantine", action="append", default=[], metavar="CODE", help="treat this warning as an error"
     )
+    command.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="HOME",
+        help="another ledger of this hospital, which this machine has not seen: compare patients with it, "
+        "now and from now on",
+    )
     command.set_defaults(act=_check)
     command = commands.add_parser("snapshot", help="fix the table that approvals bind, by content")
     _data_options(command)
@@ -70,9 +79,14 @@ def _settings(arguments: argparse.Namespace) -> tuple[DataSettings, GeneratorSet
 def _check(arguments: argparse.Namespace) -> None:
     from polyclinic.client.check.preflight import preflight
     from polyclinic.client.intake import data_home, reading
+    from polyclinic.client.population import register
 
     data, generator = _settings(arguments)
     home, folder = arguments.home, arguments.data
+    for other in arguments.beside:
+        if not (other / "ledger.jsonl").is_file():
+            raise BadInput(f"--beside {other}: no ledger.jsonl is in it; name the home that holds one")
+        register(other)
     facts = preflight(
         home, folder, data, generator, fix=arguments.fix, harder=frozenset(arguments.quarantine)
     )

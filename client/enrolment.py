@@ -15,6 +15,7 @@ from typing import Any
 from polyclinic.client.kit_intake import read_opened, take_in
 from polyclinic.client.ledger_books import create_ledger
 from polyclinic.client.policy import Policy
+from polyclinic.client.population import register
 from polyclinic.common.certificates import (
     WARN_DAYS,
     PrivateKey,
@@ -250,6 +251,7 @@ def _check_ledger(home: Path, site: str) -> None:
     path = home / "ledger.jsonl"
     first = path.read_bytes().partition(b"\n") if path.exists() else (b"", b"", b"")
     if not first[1]:
+        register(home)
         create_ledger(home, site, simulated=False)
         return
     line = json.loads(first[0])

@@ -90,6 +90,8 @@ REASONS: dict[str, Reason] = {
                "`polyclinic-server run STUDY --resume`"),
         Reason(1021, "not-healthy", "something that should run does not",
                "look into the named log, or start again"),
+        Reason(1044, "charged-elsewhere", "another ledger of this hospital charges patients of this data",
+               "approve from the home that holds that ledger; or take those patients out of one of the two"),
         Reason(1050, "implausible-norm", "the difference is longer than the study's steps can make it",
                "look at the site's code and data; whatever it sent was thrown away"),
         Reason(1051, "hash-mismatch", "a tensor did not arrive as it was sent",

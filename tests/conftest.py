@@ -1,6 +1,7 @@
 """Fixtures that several rooms share: a random-weight VAE, MSDM's smallest size, a site of drawn images."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from tests.server.joining import Joining, copied, prepare
 
 # Never the network, in any test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nor the user's own list of ledgers; it goes with the process.
+_STATE = tempfile.TemporaryDirectory(prefix="polyclinic-state-")
+os.environ["XDG_STATE_HOME"] = _STATE.name
 
 SETTINGS = GeneratorSettings(size="msdm-tiny", max_tokens=16)
 LATENT, TOKENS, TEXT_WIDTH = (8, 4, 4), 16, 384

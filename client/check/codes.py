@@ -35,6 +35,12 @@ CODES: dict[str, Code] = {
         "stop", "one image under two patients", "find out whose it is; correct the table", True
     ),
     "two-sites": Code("stop", "one patient or image on two sites", "give each patient one site", True),
+    "charged-elsewhere": Code(
+        "stop",
+        "patients whom another ledger of this hospital charges, or may charge",
+        "use the home of that ledger, or take them out of one of the two",
+        True,
+    ),
     "no-image-file": Code("error", "a caption without its image", "add the file or remove the row"),
     "outside": Code("error", "image outside the data folder", "copy it into the folder"),
     "empty-image": Code("error", "row without an image", "name its file or remove the row"),

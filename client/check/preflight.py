@@ -17,6 +17,8 @@ from polyclinic.client.check.seen import Example, Seen
 from polyclinic.client.check.store import Store, opened
 from polyclinic.client.check.workers import Workers, started
 from polyclinic.client.intake import data_home, patient_key
+from polyclinic.client.population import compare
+from polyclinic.client.population import words as beside
 from polyclinic.common.data.pixels import spread
 from polyclinic.common.data.pixels import workers as workers_here
 from polyclinic.common.data.sources import read_table
@@ -101,6 +103,9 @@ def preflight(
     findings = Findings(harder)
     for problem in table.problems:
         findings.add("left-aside" if problem.skipped else problem.code, problem.where, problem.what)
+    for other in (others := compare(home, data, folder, table.records)):
+        if other.common != 0:
+            findings.add("charged-elsewhere", str(other.home), beside(other, data.unit))
     with packed.opened(len(table.records), data_home(home)) as seen:
         with opened(data_home(home) / "looks.sqlite") as store, started() as workers:
             _look_at_all(table.records, store, workers, seen, findings, data.image_size)
@@ -113,6 +118,7 @@ def preflight(
         **_counts(table),
         "looked_at": len(table.records) - seen.remembered,
         "remembered": seen.remembered,
+        "apart_from": [beside(other, data.unit) for other in others if other.common == 0],
         "findings": findings.rows(),
     }
     if not fix:

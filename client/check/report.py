@@ -42,6 +42,7 @@ def words(facts: dict[str, Any]) -> str:
         f"{facts['unit']}s, {facts['captions']:,} captions; images a {facts['unit']}: {spread['least']} to "
         f"{spread['most']}, median {spread['median']:g}",
         f"looked at {facts['looked_at']:,} images, remembered {facts['remembered']:,}",
+        *facts["apart_from"],
     ]
     for row in facts["findings"]:
         lines.append(

@@ -1,7 +1,6 @@
 """The door `dicom`: a folder of DICOM files at any depth, as a PACS or a research export writes it.
 
-One record a frame. The patient is PatientID, at a site through its own keyed hash (`key`), or "
-            'a template in the study, such as the
+One record a frame. The patient is PatientID, at a site through its own keyed hash (`key`), so that the
 id itself gets into no file of ours. The caption comes from a template over tags that name nobody
 (`data.caption`), or from a CSV with columns SOPInstanceUID and caption (`data.table`; several rows, several
 captions). Reports, plans, directories and other files without pixels are left aside and named.
