@@ -6,10 +6,8 @@ What is bound is hashed; a round refuses to start when any of it has drifted and
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
-from importlib import resources
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -17,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from polyclinic.client.binding import (
     base_hash_of,
     changed_dependencies,
+    code_hash,
     data_drifted,
     dependencies,
     watch_data,
@@ -88,16 +87,6 @@ class Approval(BaseModel):
     coins: str = ""
     releases: dict[str, float] = {}
     held_out_index: str = ""
-
-
-def code_hash() -> str:
-    """Hash every installed Python file of the rooms that run at a site."""
-    digest = hashlib.sha256()
-    for room in ("common", "client"):
-        root = Path(str(resources.files(f"polyclinic.{room}")))
-        for path in sorted(root.rglob("*.py")):
-            digest.update(f"{room}/{path.relative_to(root)} {sha256_file(path)}\n".encode())
-    return digest.hexdigest()
 
 
 def prepare_and_approve(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import lru_cache
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from polyclinic.client.intake import site_records, watched_tables
 from polyclinic.common.data.pixels import snapshot_hash
 from polyclinic.common.data.table import Record
-from polyclinic.common.files import write_json_atomic
+from polyclinic.common.files import sha256_file, write_json_atomic
 from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.generators.base import BaseFiles
 from polyclinic.common.generators.checkpoint import hash_files, large_files
@@ -33,6 +33,16 @@ ROOT = "polyclinic"
 Watched = dict[str, list[int]]
 
 _HASHES: dict[tuple[BaseFiles, GeneratorSettings, bool], str] = {}
+
+
+def code_hash() -> str:
+    """Hash every installed Python file of the rooms that run at a site."""
+    digest = hashlib.sha256()
+    for room in ("common", "client"):
+        root = Path(str(resources.files(f"polyclinic.{room}")))
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{room}/{path.relative_to(root)} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=1)

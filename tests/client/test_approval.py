@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from polyclinic.client import approval as approvals
-from polyclinic.client.approval import code_hash, find_approval, require_approval
+from polyclinic.client.approval import find_approval, require_approval
+from polyclinic.client.binding import code_hash
 from polyclinic.client.ledger_books import open_books
 from polyclinic.client.ledger_chain import read_lines
 from polyclinic.common.privacy.accounting import claim
