@@ -79,7 +79,7 @@ def _settings(arguments: argparse.Namespace) -> tuple[DataSettings, GeneratorSet
 def _check(arguments: argparse.Namespace) -> None:
     from polyclinic.client.check.preflight import preflight
     from polyclinic.client.intake import data_home, reading
-    from polyclinic.client.population import register
+    from polyclinic.client.ledger_register import register
 
     data, generator = _settings(arguments)
     home, folder = arguments.home, arguments.data

@@ -14,8 +14,8 @@ from typing import Any
 
 from polyclinic.client.kit_intake import read_opened, take_in
 from polyclinic.client.ledger_books import create_ledger
+from polyclinic.client.ledger_register import register
 from polyclinic.client.policy import Policy
-from polyclinic.client.population import register
 from polyclinic.common.certificates import (
     WARN_DAYS,
     PrivateKey,

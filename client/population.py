@@ -11,25 +11,22 @@ differ between two systems of one hospital hide a patient from this: that is wha
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyclinic.client.intake import site_key
 from polyclinic.client.ledger_chain import inspect
-from polyclinic.common.chain import lock
+from polyclinic.client.ledger_register import locked, register, registered
 from polyclinic.common.data.dicom import pseudonym
 from polyclinic.common.data.pixels import digests
 from polyclinic.common.data.sources import read_table
 from polyclinic.common.data.table import Record
-from polyclinic.common.files import write_atomic, write_json_atomic
-from polyclinic.common.progress import say
+from polyclinic.common.files import write_json_atomic
 from polyclinic.common.refusals import BadInput, Refusal
 from polyclinic.common.settings import DataSettings
 
-LEDGERS = "ledgers"
 OTHER = {"patient": "image", "image": "patient"}
 
 
@@ -47,37 +44,9 @@ class Beside(NamedTuple):
     why: str = ""
 
 
-def register(home: Path) -> None:
-    """Note that a ledger lies in a home; asked for again, nothing happens."""
-    try:
-        with _locked():
-            homes = _registered()
-            if home.resolve() not in homes:
-                text = "".join(f"{path}\n" for path in [*homes, home.resolve()])
-                write_atomic(_state() / LEDGERS, os.fsencode(text), mode=0o600)
-    except OSError as error:
-        say(f"cannot note this ledger in {error.filename}: another one of this hospital would not notice it")
-
-
-def _state() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "polyclinic"
-
-
-@contextmanager
-def _locked() -> Iterator[None]:
-    _state().mkdir(parents=True, exist_ok=True, mode=0o700)
-    with lock(_state(), LEDGERS, wait=True):
-        yield
-
-
-def _registered() -> list[Path]:
-    path = _state() / LEDGERS
-    return [Path(line) for line in os.fsdecode(path.read_bytes()).splitlines()] if path.exists() else []
-
-
 def ledgers_beside(home: Path) -> list[Path]:
     """Homes of the other real ledgers that are there."""
-    others = [other for other in _registered() if other != home.resolve()]
+    others = [other for other in registered() if other != home.resolve()]
     return [o for o in others if (o / "ledger.jsonl").exists() and not _first(o).get("simulated")]
 
 
@@ -124,7 +93,7 @@ def hold_apart(home: Path, data: DataSettings, folder: Path, records: Sequence[R
     register(home)
     with ExitStack() as held:
         with suppress(OSError):  # `register` has said so
-            held.enter_context(_locked())
+            held.enter_context(locked())
         others = compare(home, data, folder, records)
         for other in others:
             if other.common != 0:

@@ -17,7 +17,8 @@ from polyclinic.client.check.preflight import preflight
 from polyclinic.client.intake import make_snapshot, site_key, site_records
 from polyclinic.client.ledger_books import create_ledger
 from polyclinic.client.ledger_chain import inspect
-from polyclinic.client.population import compare, hold_apart, register
+from polyclinic.client.ledger_register import register
+from polyclinic.client.population import compare, hold_apart
 from polyclinic.common.data.table import Record
 from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.generators.base import BaseFiles
