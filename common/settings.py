@@ -232,6 +232,25 @@ class SimulatedSite(Section):
         ge=1,
         description="rank of the adapters trained there; default: the study's, which is the limit",
     )
+    folder: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9_][A-Za-z0-9_. -]*)?$",
+        description="the site's own folder under --data; default: one table for all, divided by `split`",
+    )
+    source: str | None = Field(None, description="form of that folder; default: data.source")
+    table: str | None = Field(None, description="its table; default: data.table")
+    caption: str | None = Field(None, description="its caption template; default: data.caption")
+
+    def data(self, common: DataSettings) -> DataSettings:
+        """How this site's own folder is read.
+
+        Args:
+            common: The study's data table; unit, size and fit are the same at every site.
+        """
+        own = {"source": self.source, "table": self.table, "caption": self.caption}
+        return DataSettings.model_validate(
+            common.model_dump() | {name: value for name, value in own.items() if value is not None}
+        )
 
 
 class SimulationSettings(Section):
@@ -243,3 +262,10 @@ class SimulationSettings(Section):
     dirichlet_alpha: float = Field(1.0, gt=0)
     dirichlet_label: str | None = Field(None, description="label column the Dirichlet split skews")
     sites: dict[str, SimulatedSite] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _folders_for_all_or_none(self) -> SimulationSettings:
+        folders = [site.folder for site in self.sites.values()]
+        if any(folders) and (not all(folders) or self.split != "site"):
+            raise ValueError('`folder` is for every site or for none, and needs split = "site"')
+        return self

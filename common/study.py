@@ -82,6 +82,10 @@ class Study(Section):
             if isinstance(self.federation.weights, dict) and set(self.federation.weights) != names:
                 raise ValueError("federation.weights must name exactly the sites of the simulation")
             for name, site in self.simulation.sites.items():
+                try:
+                    site.data(self.data)
+                except ValidationError as error:
+                    raise ValueError(f"site {name}: {explain(error)}") from error
                 if self.privacy.enabled and self.privacy.delta > 1 / (10 * site.declared_patients):
                     raise ValueError(
                         f"privacy.delta must be at most 1/(10 x {site.declared_patients}) for site {name}: "

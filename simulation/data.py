@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from polyclinic.client.intake import site_records
 from polyclinic.common.data.holdout import part_of
 from polyclinic.common.data.images import open_image
 from polyclinic.common.data.sources import REFERENCE_MARK, read_records
@@ -41,7 +42,7 @@ def make_federation(study: Study, home: Path, data: Path | None) -> Federation:
     Args:
         study: Says where the data is from and how it is split.
         home: Phantoms are drawn under it, once.
-        data: Data folder, for `data.source = "folder"`.
+        data: Data folder, or the folder that holds the sites' own.
 
     Raises:
         BadInput: No data, or sites other than the study's.
@@ -50,8 +51,11 @@ def make_federation(study: Study, home: Path, data: Path | None) -> Federation:
         raise BadInput(
             f"study {study.name}: has no [simulation] table; add one with a [simulation.sites.NAME] each"
         )
-    records = read_records(study.data, _folder(study, home, data))
     settings = study.simulation
+    if any(site.folder for site in settings.sites.values()):
+        records = _own_folders(study, settings, home, data)
+    else:
+        records = read_records(study.data, _folder(study, home, data))
     split = _split(study, settings, records)
     empty = [name for name, site in split.sites.items() if not site]
     if empty:
@@ -59,6 +63,20 @@ def make_federation(study: Study, home: Path, data: Path | None) -> Federation:
             f"site {empty[0]} has no patients after the split; change simulation.split or its sites"
         )
     return Federation(settings, split.sites, split.reference)
+
+
+def _own_folders(study: Study, settings: SimulationSettings, home: Path, data: Path | None) -> list[Record]:
+    """Read each site's own folder, in its own form; from its snapshot, where one was made in this home.
+
+    Ids of two sites are two patients.
+    """
+    if data is None:
+        raise BadInput(f"study {study.name}: give the folder that holds the sites' folders with --data DIR")
+    return [
+        replace(record, site=name, patient=f"{name}/{record.patient}")
+        for name, site in settings.sites.items()
+        for record in site_records(home, site.data(study.data), data / site.folder)
+    ]
 
 
 def _split(study: Study, settings: SimulationSettings, records: list[Record]) -> Split:

@@ -271,7 +271,7 @@ def write_dicom(
     found.save_as(path, enforce_file_format=True)
 
 
-MakeSet = Callable[[Path], DataSettings]
+MakeSet = Callable[..., DataSettings]
 SETS: dict[str, MakeSet] = {
     "medvqa": medvqa,
     "kvasir folder": kvasir_folder,
