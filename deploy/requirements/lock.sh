@@ -21,9 +21,12 @@ skipped() { names "$1" | grep -E '^(torch|triton|cuda-.*|nvidia-.*|colorama|http
 
 without() { sed 's/^/--no-emit-package=/'; }
 
-lock --extra client >"$work/all"
-# shellcheck disable=SC2046  # one option a word
-lock --extra client $(skipped "$work/all" | without) >"$work/hospital"
+# Hospitals read DICOM and parquet, too; the coordinator, who installs hospital.txt, may have such a reference.
+site="--extra client --extra dicom --extra parquet"
+# shellcheck disable=SC2086  # one option a word
+lock $site >"$work/all"
+# shellcheck disable=SC2046,SC2086
+lock $site $(skipped "$work/all" | without) >"$work/hospital"
 # The coordinator installs hospital.txt, too: only what its extra adds is in its own file.
 # shellcheck disable=SC2046
 lock --extra server $(names "$work/all" | without) >"$work/coordinator"

@@ -55,7 +55,7 @@ def test_versions_are_the_tested_ones(role: str) -> None:
 
 
 def test_a_hospital_gets_what_it_needs_and_no_more() -> None:
-    assert set(locked("hospital")) >= closure("client")
+    assert set(locked("hospital")) >= closure("client", "dicom", "parquet")
     assert not set(locked("hospital")) & {"matplotlib", "ray", "pytest"}
 
 
