@@ -14,11 +14,12 @@ from polyclinic.common.refusals import BadInput
 from polyclinic.server.evaluation.diversity import vendi_score
 from polyclinic.server.evaluation.fidelity import grouped_cmmd, grouped_frechet, grouped_kid
 from polyclinic.server.evaluation.jackknife import Jackknifed
+from polyclinic.server.evaluation.neighbours import NAMES as NEIGHBOUR_METRICS
 from polyclinic.server.evaluation.neighbours import neighbour_metrics
 from polyclinic.server.evaluation.split import equal_n, floor
 
 # Raise it whenever a number would change for the same images.
-PROTOCOL = "polyclinic-fidelity-2"
+PROTOCOL = "polyclinic-fidelity-3"
 FEWEST_IMAGES = 50
 FEWEST_GROUPS = 3
 ADVISED_IMAGES = 500
@@ -31,6 +32,11 @@ KID_INTERVAL = "95 %, delete-one-group jackknife over patients and prompts, t qu
 SAMPLING_INTERVAL = (
     "95 % sampling interval at this n (bias included), block jackknife over patients and prompts"
 )
+SCORE_INTERVAL = (
+    "95 % sampling interval at this n (bias included), score interval at the effective size that a block "
+    "jackknife over patients and prompts gives"
+)
+INTERVALS = {"cmmd": KID_INTERVAL, **dict.fromkeys(NEIGHBOUR_METRICS, SCORE_INTERVAL)}
 REAL_SCORES = "the floor is what real images of as many other patients score"
 
 
@@ -152,7 +158,7 @@ def measure_fidelity(
             name: estimate(
                 value,
                 floors.get(name),
-                KID_INTERVAL if name == "cmmd" else SAMPLING_INTERVAL,
+                INTERVALS.get(name, SAMPLING_INTERVAL),
                 note="" if name == "cmmd" else REAL_SCORES,
             )
             for name, value in found.items()

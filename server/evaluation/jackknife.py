@@ -119,3 +119,27 @@ def block_jackknife(
         with_interval(float(value), *((each[:, i], size) for each, size in zip(left, sizes, strict=True)))
         for i, value in enumerate(values)
     ]
+
+
+def score_interval(found: Jackknifed, rows: int, groups: int, *, share: bool = True) -> Jackknifed:
+    """Interval of a share, or of a mean that cannot be negative, which stays where such a number can be.
+
+    Wilson's score interval (1927) at the effective sample size that the jackknife's error implies (Korn &
+    Graubard 1998), with its t quantile: it is never without width, for none of n is not never.
+
+    Args:
+        found: The number with its jackknife error.
+        rows: Images behind it: it cannot know more than these would.
+        groups: Independent groups, which count where no replicate differs.
+        share: In [0, 1], with a binomial's variance; otherwise in [0, inf), with a Poisson's.
+    """
+    value = found.value
+    spread = value * (1 - value) if share else value
+    variance = found.standard_error**2
+    n = min(spread / variance, float(rows)) if variance > 0 and spread > 0 else float(groups)
+    t = float(stats.t.ppf(0.975, found.degrees))
+    shrink = 1 + t * t / n if share else 1.0
+    middle = (value + t * t / (2 * n)) / shrink
+    reach = t / shrink * math.sqrt(spread / n + (t / (2 * n)) ** 2)
+    low, high = max(0.0, middle - reach), middle + reach
+    return found._replace(low=min(low, value), high=max(min(high, 1.0) if share else high, value))

@@ -65,7 +65,7 @@ class Judgement(BaseModel):
         second: Fidelity on the study's other extractors.
         cosine: CLIP-type agreement, where the study names a model.
         utility: What the images are worth to train on.
-        near_copies: Images close to one of the public reference, by features and by pixels.
+        near_copies: Public patients of whom a near copy was drawn, by features and by pixels.
         medvqa: The official MedVQA-GI 2025 scores, where the study asks for them.
     """
 
@@ -148,7 +148,7 @@ def measure(number: int, drawn: Drawn, reference: Reference, study: Study, store
         second=fidelity[1:],
         faithfulness=faithfulness,
         utility=utility,
-        near_copies=near_copies(drawn.images, drawn.prompts, headline, reference, store),
+        near_copies=near_copies(drawn.images, headline, reference, store),
         cosine=prompt_cosine(drawn.images, drawn.prompts, study.evaluation, device),
         medvqa=medvqa_scores(drawn.images, drawn.prompts, study, reference, store, device),
     )

@@ -1,15 +1,17 @@
-"""Synthetic images that are nearer to a public image than public patients are to each other.
+"""Public patients of whom a drawn image is a near copy, judged by patients whom the generator never saw.
 
-A calibration of the gate that every hospital runs over its own images (common/features/near.py): the same
-distances, and a threshold found in the same way, where everything is public. The images searched are the
-pretrain part, which the autoencoder and the warm start have seen; the threshold comes from the evaluate
-part, whose patients are others.
+A rehearsal of the gate that every hospital runs over its own images (common/features/near.py), where
+everything is public. Looked for are the patients of the pretrain part, which the autoencoder and the warm
+start have seen; the threshold comes from how near *the same drawn images* come to the patients of the
+evaluate part, which neither has seen. So whatever draws near to everybody, such as a smooth or an average
+picture, draws the threshold down with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from polyclinic.common.features.extractor import Extractor
@@ -33,10 +35,9 @@ from polyclinic.server.reference import Reference
 ALPHA = 0.01
 FEWEST_PATIENTS = 10
 NOTE = (
-    "Compares drawn images with the public images that the starting weights have seen. It finds gross "
+    "Looks for public patients whom the starting weights have seen among the drawn images. It finds gross "
     "copying only: distances do not tell whether a patient's membership can be found out, and few finds are "
-    "no proof of privacy. A smooth picture is nearer to every other than a detailed one, so look at the "
-    "finds before you call them copies. Each hospital compares with its own images itself."
+    "no proof of privacy. Each hospital compares with its own images itself."
 )
 COARSE = " The reference has too few patients for a chance of {wanted:.0%}: it is {alpha:.1%}."
 
@@ -53,68 +54,80 @@ def thumbnail_extractor() -> Extractor:
 
 
 def near_copies(
-    images: Tensor, prompts: Sequence[str], extractor: Extractor, reference: Reference, store: FeatureStore
+    images: Tensor, extractor: Extractor, reference: Reference, store: FeatureStore
 ) -> list[NearCopies]:
-    """Compare drawn images with the pretrain part, by features and by aligned pixels.
+    """Look for the pretrain part's patients among drawn images, by features and by aligned pixels.
 
     Args:
         images: [N, 3, H, W] in [0, 1].
-        prompts: Prompt of each.
         extractor: Gives the features.
         reference: Public images. Nothing is compared where the pretrain part is empty, or where the evaluate
-            part has fewer than `FEWEST_PATIENTS`: the threshold would flag every tenth image.
+            part has fewer than `FEWEST_PATIENTS`: the threshold would flag every tenth patient.
         store: Keeps the features of both.
     """
-    patients = [record.patient for record in reference.evaluate]
-    if not reference.pretrain or len(set(patients)) < FEWEST_PATIENTS:
+    parts = reference.pretrain, reference.evaluate
+    seen_names, fresh_names = ([record.patient for record in part] for part in parts)
+    if not reference.pretrain or len(set(fresh_names)) < FEWEST_PATIENTS:
         return []
 
     def sets(by: Extractor) -> list[Tensor]:
-        return [
-            store.of_images(by, images),
-            store.of_records(by, reference.pretrain),
-            store.of_records(by, reference.evaluate),
-        ]
+        return [store.of_images(by, images), *(store.of_records(by, part) for part in parts)]
 
-    drawn, seen, other = sets(extractor)
+    drawn, seen, fresh = sets(extractor)
     if extractor.standardise:
         # Features in units of their own: the largest would be all that a cosine sees.
         mean, scale = seen.mean(dim=0), seen.std(dim=0).clamp_min(1e-6)
-        drawn, seen, other = ((features - mean) / scale for features in (drawn, seen, other))
-    found = [nearest_by_features(some, seen) for some in (drawn, other)]
-    by_features = measure_near_copies(
-        found[0], prompts, found[1], patients, f"{FEATURE_MEASURE}, {extractor.name}"
-    )
-    drawn, seen, other = (rows.reshape(-1, SIDE, SIDE) for rows in sets(thumbnail_extractor()))
-    found = [nearest_by_pixels(some, seen) for some in (drawn, other)]
-    return [by_features, measure_near_copies(found[0], prompts, found[1], patients, PIXEL_MEASURE)]
+        drawn, seen, fresh = ((features - mean) / scale for features in (drawn, seen, fresh))
+    by_features = [nearest_by_features(some, drawn) for some in (seen, fresh)]
+    drawn, seen, fresh = (rows.reshape(-1, SIDE, SIDE) for rows in sets(thumbnail_extractor()))
+    by_pixels = [nearest_by_pixels(some, drawn) for some in (seen, fresh)]
+    return [
+        measure_near_copies(found[0], seen_names, found[1], fresh_names, measure)
+        for found, measure in (
+            (by_features, f"{FEATURE_MEASURE}, {extractor.name}"),
+            (by_pixels, PIXEL_MEASURE),
+        )
+    ]
 
 
 def measure_near_copies(
-    synthetic: Nearest, prompts: Sequence[str], real: Nearest, patients: Sequence[str], measure: str
+    seen: Nearest, seen_patients: Sequence[str], fresh: Nearest, fresh_patients: Sequence[str], measure: str
 ) -> NearCopies:
-    """Count near copies under a threshold that real images of other patients fall below with chance alpha.
+    """Count patients with a near copy, under a threshold that fresh patients fall below with chance alpha.
+
+    A patient counts once, by the nearest of their images: given the drawn images, a patient whom the
+    generator has not seen is exchangeable with the fresh ones, so the conformal threshold holds exactly.
 
     Args:
-        synthetic: Distances from drawn images to the public images the model has seen.
-        prompts: Prompt of each drawn image.
-        real: Distances from public images of other patients to the same images.
-        patients: Patient of each of those.
+        seen: Nearest drawn image of each public image that the generator has seen.
+        seen_patients: Patient of each of those.
+        fresh: Nearest drawn image of each public image that it has not seen.
+        fresh_patients: Patient of each of those.
         measure: What the distance is.
     """
-    alpha = max(ALPHA, smallest_alpha(patients))
-    limit = threshold(real.distances, patients, alpha)
-    near = (synthetic.distances < limit).tolist()
-    bootstrap = draw_weights(prompts, "prompts")
-    rows = list(range(len(near)))
-    draws = share_draws([group_counts(rows, near, bootstrap)], bootstrap.weights)[0]
+    near, control = _by_patient(seen, seen_patients), _by_patient(fresh, fresh_patients)
+    alpha = max(ALPHA, smallest_alpha(list(control)))
+    limit = threshold(torch.tensor([*control.values()], dtype=torch.float64), list(control), alpha)
+    flags = [distance < limit for distance in near.values()]
+    copies = seen.rows[seen.distances < limit]
+    bootstrap = draw_weights(list(near), "patients")
+    rows = list(range(len(flags)))
+    draws = share_draws([group_counts(rows, flags, bootstrap)], bootstrap.weights)[0]
     return NearCopies(
-        found=sum(near),
-        n=len(near),
-        share=estimate([Answer(rows, sum(near) / len(near), draws)], bootstrap),
-        expected=float((real.distances < limit).double().mean()),
+        found=sum(flags),
+        n=len(flags),
+        images=len(copies.unique()),
+        share=estimate([Answer(rows, sum(flags) / len(flags), draws)], bootstrap),
+        expected=sum(distance < limit for distance in control.values()) / len(control),
         alpha=alpha,
         threshold=limit,
         measure=measure,
         note=NOTE + (COARSE.format(wanted=ALPHA, alpha=alpha) if alpha > ALPHA else ""),
     )
+
+
+def _by_patient(nearest: Nearest, patients: Sequence[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for patient, distance in zip(patients, nearest.distances.tolist(), strict=True):
+        found[patient] = min(found.get(patient, distance), distance)
+    return found

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyclinic.server.evaluation.jackknife import Jackknifed, block_jackknife
+from polyclinic.server.evaluation.jackknife import Jackknifed, block_jackknife, score_interval
 
 NEIGHBOURS = 3  # of precision and recall
 DENSITY_NEIGHBOURS = 5  # of density and coverage
@@ -48,7 +48,11 @@ def neighbour_metrics(
     def statistic(keep_x: Tensor, keep_y: Tensor) -> Tensor:
         return _four(among_x[keep_x][:, keep_x], among_y[keep_y][:, keep_y], across[keep_x][:, keep_y])
 
-    return dict(zip(NAMES, block_jackknife(statistic, x_groups, y_groups), strict=True))
+    rows, groups = min(len(x), len(y)), min(len(set(x_groups)), len(set(y_groups)))
+    return {
+        name: score_interval(found, rows, groups, share=name != "density")
+        for name, found in zip(NAMES, block_jackknife(statistic, x_groups, y_groups), strict=True)
+    }
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ beside it at most (cosine.py): it handles "no polyp" badly.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -112,67 +113,95 @@ def measure_faithfulness(
             sides of the ceiling, a wanted value the probe part never shows, or nothing to measure.
     """
     check_sets(synthetic=synthetic, probe=probe, holdout=holdout)
-    prompts = draw_weights(synthetic.groups, "prompts")
-    patients = draw_weights(holdout.groups, "held-out patients")
-
-    rows, warnings = [], []
-    tallies: list[Tally] = []
-    accuracies: list[Answer] = []
-    ceilings: list[Answer] = []
-    sides: dict[bool, list[Answer]] = {True: [], False: []}
+    resampled = _Resampled(
+        draw_weights(synthetic.groups, "prompts"), draw_weights(holdout.groups, "held-out patients")
+    )
+    found, warnings = [], []
     for concept in concepts:
         values = sorted(synthetic.values(concept))
         if len(values) < 2:
             warnings.append(f"{concept}: left out; prompts ask for {len(values)} of its values, not for two.")
             continue
-        trained = _train(concept, values, probe)
-        asked, seen = synthetic.showing(concept, values), holdout.showing(concept, values)
-        predicted = trained.predict(synthetic.features[asked])
-        accuracies.append(ask(predicted, synthetic, concept, asked, prompts))
-        tallies += _tally(predicted, synthetic, concept, asked)
-        wanted, known = ([s.labels[i][concept] for i in r] for s, r in ((synthetic, asked), (holdout, seen)))
-        real: list[str] | None = None
-        if set(known) == set(values):
-            real = trained.predict(holdout.features[seen])
-            ceilings.append(ask(real, holdout, concept, seen, patients))
-        else:
+        found.append(_ask_concept(concept, values, synthetic, probe, holdout, resampled))
+        if found[-1].ceiling is None:
             warnings.append(f"{concept}: no ceiling; the held-out real images do not show all its values.")
-        by_value = []
-        for value in values:
-            shares = value_shares(value, predicted, wanted, asked, prompts)
-            there = None if real is None else value_shares(value, real, known, seen, patients)
-            by_value.append(value_row(value, shares, prompts, there, patients))
-            if any(is_absence(v) for v in values):
-                sides[is_absence(value)].append(shares[0])
-        rows.append(
-            ConceptFaithfulness(
-                concept=concept,
-                counts={value: wanted.count(value) for value in values},
-                accuracy=estimate(accuracies[-1:], prompts),
-                real=None if real is None else estimate(ceilings[-1:], patients),
-                chance=1 / len(values),
-                values=by_value,
-            )
-        )
-    if not rows:
+    if not found:
         raise BadInput("no concept can be measured: " + (" ".join(warnings) or "name at least one"))
+    prompts, patients = resampled
+    ceilings = [one.ceiling for one in found if one.ceiling is not None]
+    presence, absence = ([a for one in found for a in one.sides[absent]] for absent in (False, True))
     overall = ConceptFaithfulness(
         concept=OVERALL,
         counts={},
-        accuracy=estimate(accuracies, prompts),
+        accuracy=estimate([one.accuracy for one in found], prompts),
         # A ceiling over fewer concepts than the accuracy would not be its ceiling.
-        real=estimate(ceilings, patients) if len(ceilings) == len(rows) else None,
-        chance=sum(row.chance for row in rows) / len(rows),
+        real=estimate(ceilings, patients) if len(ceilings) == len(found) else None,
+        chance=sum(one.row.chance for one in found) / len(found),
     )
     return Faithfulness(
-        rows=rows,
+        rows=[one.row for one in found],
         overall=overall,
-        presence=estimate(sides[False], prompts) if sides[False] else None,
-        absence=estimate(sides[True], prompts) if sides[True] else None,
+        presence=estimate(presence, prompts) if presence else None,
+        absence=estimate(absence, prompts) if absence else None,
         protocol=PROTOCOL,
         warnings=warnings,
-        tallies=tallies,
+        tallies=[tally for one in found for tally in one.tallies],
     )
+
+
+class _Resampled(NamedTuple):
+    """Weights by which all concepts are resampled together."""
+
+    prompts: Bootstrap
+    patients: Bootstrap
+
+
+class _Found(NamedTuple):
+    """What was found for one concept, ready to be averaged; `sides`: absence (True) and presence."""
+
+    row: ConceptFaithfulness
+    accuracy: Answer
+    ceiling: Answer | None
+    sides: dict[bool, list[Answer]]
+    tallies: list[Tally]
+
+
+def _ask_concept(
+    concept: str,
+    values: list[str],
+    synthetic: Labelled,
+    probe: Labelled,
+    holdout: Labelled,
+    resampled: _Resampled,
+) -> _Found:
+    """Train the concept's probe, and ask it about drawn images and about real ones."""
+    prompts, patients = resampled
+    trained = _train(concept, values, probe)
+    asked, seen = synthetic.showing(concept, values), holdout.showing(concept, values)
+    predicted = trained.predict(synthetic.features[asked])
+    accuracy, ceiling = ask(predicted, synthetic, concept, asked, prompts), None
+    wanted, known = ([s.labels[i][concept] for i in r] for s, r in ((synthetic, asked), (holdout, seen)))
+    real: list[str] | None = None
+    if set(known) == set(values):
+        real = trained.predict(holdout.features[seen])
+        ceiling = ask(real, holdout, concept, seen, patients)
+    by_value = []
+    sides: dict[bool, list[Answer]] = {True: [], False: []}
+    for value in values:
+        shares = value_shares(value, predicted, wanted, asked, prompts)
+        there = None if real is None else value_shares(value, real, known, seen, patients)
+        by_value.append(value_row(value, shares, prompts, there, patients))
+        if any(is_absence(v) for v in values):
+            sides[is_absence(value)].append(shares[0])
+    row = ConceptFaithfulness(
+        concept=concept,
+        counts={value: wanted.count(value) for value in values},
+        accuracy=estimate([accuracy], prompts),
+        real=None if ceiling is None else estimate([ceiling], patients),
+        chance=1 / len(values),
+        values=by_value,
+    )
+    return _Found(row, accuracy, ceiling, sides, _tally(predicted, synthetic, concept, asked))
 
 
 def _train(concept: str, values: Sequence[str], probe: Labelled) -> Probe:

@@ -72,23 +72,25 @@ class Utility(Result):
 
 
 class NearCopies(Result):
-    """Synthetic images that lie closer to a public image than public patients lie to each other.
+    """Public patients to whom a drawn image comes nearer than to patients the generator never saw.
 
     One for each measure of distance.
 
     Attributes:
-        found: Synthetic images under the threshold.
-        n: Synthetic images looked at.
-        share: found / n with its interval; `groups` counts prompts.
-        expected: Share of real evaluate images under the same threshold, by construction about alpha.
-        alpha: Chance at which the threshold flags an image that copies nothing.
-        threshold: Distance below which an image counts as a near copy.
+        found: Patients of the pretrain part under the threshold.
+        n: Patients of the pretrain part.
+        images: Drawn images that are the nearest of those.
+        share: found / n with its interval; `groups` counts patients.
+        expected: Share of the evaluate part's patients under the same threshold, by construction below alpha.
+        alpha: Chance at which the threshold flags a patient whom the generator has not seen.
+        threshold: Distance below which a drawn image counts as a near copy.
         measure: What the distance is.
         note: What this does and does not say.
     """
 
     found: int
     n: int
+    images: int
     share: Estimate
     expected: float
     alpha: float

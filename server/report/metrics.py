@@ -129,7 +129,7 @@ class RoundFacts(Part):
         second: Fidelity on the study's other extractors.
         cosine: CLIP-type agreement with the prompts.
         utility: What the images are worth to train on.
-        near_copies: Images close to one of the public reference, by features and by pixels.
+        near_copies: Public patients of whom a near copy was drawn, by features and by pixels.
         medvqa: The official MedVQA-GI 2025 scores.
     """
 

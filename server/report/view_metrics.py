@@ -122,9 +122,9 @@ def leakage_sentences(metrics: Metrics) -> list[str]:
         said.append("No site has compared drawn images with its own: the study has no leakage gate.")
     for near in near_copies(metrics):
         said.append(
-            f"By {near.measure}, {near.found:,} of {near.n:,} drawn images lie closer to a public image than "
-            f"the threshold: {shares(near.share)}. Of real images of other patients "
-            f"{100 * near.expected:.1f} % do."
+            f"By {near.measure}, to {near.found:,} of {near.n:,} public patients whom the start has seen a "
+            f"drawn image comes nearer than the threshold: {shares(near.share)}. Of public patients whom it "
+            f"has not seen {100 * near.expected:.1f} % fall below it. Such drawn images: {near.images:,}."
         )
     return said
 

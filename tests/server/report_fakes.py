@@ -181,8 +181,8 @@ def wider(metrics: Metrics) -> Metrics:
             ),
             "near_copies": [
                 NearCopies(
-                    found=2, n=320, share=estimate(0.00625, 0.005), expected=0.01, alpha=0.01, threshold=0.08,
-                    measure=measure, note="Distances do not predict who was in the training data.",
+                    found=2, n=320, images=2, share=estimate(0.00625, 0.005), expected=0.01, alpha=0.01,
+                    threshold=0.08, measure=measure, note="Distances do not predict who was trained on.",
                 )
                 for measure in ("cosine distance of features", "correlation of aligned pixels")
             ],

@@ -164,27 +164,41 @@ def test_similar_draws_score_higher_than_different_ones() -> None:
     assert low.value == pytest.approx(sum(by_hand) / 24, rel=1e-5)
 
 
-@pytest.mark.parametrize("metric", ["precision", "recall", "density", "coverage", "vendi"])
-def test_sampling_intervals_cover_the_mean_at_this_n(metric: str) -> None:
-    """The promise of a sampling interval: the expected value at this n, bias included."""
+@pytest.mark.parametrize("scale", [0.8, 2.5])
+def test_sampling_intervals_cover_the_mean_at_this_n(scale: float) -> None:
+    """The promise of a sampling interval: the expected value at this n, bias included; also near 0 and 1."""
     trials, groups, each, d = 80, 20, 3, 5
     names = _names(groups, each)
     generator = torch.Generator().manual_seed(6)
 
-    def draw(scale: float) -> Tensor:
+    def draw(spread: float) -> Tensor:
         centres = torch.randn(groups, 1, d, generator=generator, dtype=torch.float64)
         own = torch.randn(groups, each, d, generator=generator, dtype=torch.float64)
-        return scale * (centres + own).reshape(-1, d)
+        return spread * (centres + own).reshape(-1, d)
 
     results = []
     for _ in range(trials):
-        x, y = draw(0.8), draw(1.0)
-        results.append(
-            vendi_score(x, names) if metric == "vendi" else neighbour_metrics(x, y, names, names)[metric]
-        )
-    expected = sum(r.value for r in results) / trials
-    covered = sum(r.low <= expected <= r.high for r in results) / trials
-    assert covered >= 0.85, covered
+        x, y = draw(scale), draw(1.0)
+        results.append({"vendi": vendi_score(x, names), **neighbour_metrics(x, y, names, names)})
+    for metric in results[0]:
+        found = [result[metric] for result in results]
+        expected = sum(r.value for r in found) / trials
+        assert sum(r.low <= expected <= r.high for r in found) / trials >= 0.85, metric
+        if metric != "vendi":
+            assert all(0 <= r.low < r.high for r in found), metric
+            assert metric == "density" or all(r.high <= 1 for r in found), metric
+
+
+def test_none_of_a_few_is_not_never() -> None:
+    """Rule of three: none of n independent images allows about 3 / n; here n is 20 groups."""
+    x, names = _normal(60, 4, 8), _names(20, 3)
+    far = neighbour_metrics(x + 100, x, names, names)
+    for metric in ("precision", "recall", "density", "coverage"):
+        assert (far[metric].value, far[metric].low) == (0, 0)
+        assert 3 / 20 < far[metric].high < 0.35
+    same = neighbour_metrics(x, x, names, names)
+    assert same["coverage"].value == same["coverage"].high == 1
+    assert 0.65 < same["coverage"].low < 1 - 3 / 60
 
 
 def test_block_jackknife_of_a_mean_is_its_standard_error() -> None:
