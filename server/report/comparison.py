@@ -10,10 +10,12 @@ from pathlib import Path
 from polyclinic.common.files import write_atomic
 from polyclinic.server.evaluation.estimate import Fidelity
 from polyclinic.server.evaluation.probe import ConceptFaithfulness
+from polyclinic.server.evaluation.results import ConceptUtility
 from polyclinic.server.report import plots, view, wording
 from polyclinic.server.report.contest import comparison_verdict, compute
-from polyclinic.server.report.costs import LEARNING, total
-from polyclinic.server.report.html import REPORT, environment
+from polyclinic.server.report.cost_summary import computing, target
+from polyclinic.server.report.costs import LEARNING, NAMES, total
+from polyclinic.server.report.html import REPORT, cost_summary, environment
 from polyclinic.server.report.metrics import (
     Metrics,
     bytes_moved,
@@ -39,8 +41,11 @@ class ArmRow:
     epsilon: float | None
     fidelity: Fidelity | None
     overall: ConceptFaithfulness | None
+    utility: ConceptUtility | None
     gpu: str
     cpu: str
+    price: str
+    co2: str
     bytes: str
 
 
@@ -51,14 +56,31 @@ def link_to(report: Path, page: Path) -> str:
     return urllib.parse.quote(Path(os.path.relpath(report, page.parent)).as_posix())
 
 
-def arm_row(name: str, title: str, metrics: Metrics, link: str) -> ArmRow:
+def common_level(arms: list[Metrics]) -> tuple[float, str] | None:
+    """KID by which the arms' prices are compared, and who chose it: the study, or what every arm reached."""
+    wanted = arms[0].cost_settings.target_kid
+    if wanted is not None:
+        return wanted, "set by the study"
+    kids = [[r.fidelity.kid.value for r in arm.rounds if r.fidelity] for arm in arms]
+    reached = [min(values) for values in kids if values]
+    return (max(reached), "the lowest that every arm reached") if reached else None
+
+
+def arm_row(name: str, title: str, metrics: Metrics, link: str, level: float | None) -> ArmRow:
     """Prepare one line of the comparison's table."""
     ends = first_and_last(metrics)
     faithfulness = ends[1].faithfulness if ends else None
+    utility = ends[1].utility if ends else None
 
     def hours(value: float | None) -> str:
         return wording.seconds(value) if value else wording.DASH
 
+    spent = target(metrics.cost, metrics.rounds, level) if level is not None else None
+    price = wording.DASH
+    if spent is not None:
+        unit = NAMES[spent.quantity][1]
+        price = "not reached" if spent.value is None else wording.quantity(spent.value, unit)
+    co2 = cost_summary(metrics).co2_g
     return ArmRow(
         name,
         title,
@@ -67,10 +89,22 @@ def arm_row(name: str, title: str, metrics: Metrics, link: str) -> ArmRow:
         worst_epsilon(metrics),
         ends[1].fidelity if ends else None,
         faithfulness.overall if faithfulness else None,
+        utility.overall if utility else None,
         hours(total(metrics.cost, "gpu_s", LEARNING)),
         hours(total(metrics.cost, "cpu_s", LEARNING)),
+        price,
+        wording.DASH if co2 is None else wording.scaled(co2, "g"),
         wording.scaled(sum(bytes_moved(metrics)), "B"),
     )
+
+
+def _co2_note(arms: list[Metrics]) -> str:
+    sources = sorted(
+        {summary.grid_source for arm in arms if (summary := cost_summary(arm)).co2_g is not None}
+    )
+    if not sources:
+        return "CO2 is unknown: no study names the intensity of its grid (cost.grid_gco2_per_kwh)."
+    return f"CO2 equivalent is that of all phases, judging included; the grid: {wording.listed(sources)}."
 
 
 def own_title(metrics: Metrics, shared: str) -> str:
@@ -148,14 +182,19 @@ def write_comparison(path: Path, arms: list[Metrics], arm_dirs: list[Path]) -> P
         raise ValueError(f"{len(arms)} arms and {len(arm_dirs)} directories")
     names = wording.arm_names(arms)
     shared = wording.shared_title(arms)
+    level = common_level(arms)
     rows = [
-        arm_row(name, own_title(arm, shared), arm, link_to(folder / REPORT, path))
+        arm_row(name, own_title(arm, shared), arm, link_to(folder / REPORT, path), level and level[0])
         for name, arm, folder in zip(names, arms, arm_dirs, strict=True)
     ]
+    warnings = sorted({w for row in rows if row.fidelity for w in row.fidelity.warnings})
     values = {
         "title": shared,
         "names": names,
         "rows": rows,
+        "level": level,
+        "on_gpu": any(row.gpu != wording.DASH for row in rows),
+        "priced": NAMES[computing(arms[0].cost)][0],
         "verdict": comparison_verdict(arms),
         "open_arms": [name for name, arm in zip(names, arms, strict=True) if not arm.private],
         "simulated": any(arm.simulated for arm in arms),
@@ -163,7 +202,7 @@ def write_comparison(path: Path, arms: list[Metrics], arm_dirs: list[Path]) -> P
         "code_version": arms[0].code_version,
         "charts": frontier_charts(names, arms),
         "samples": side_by_side(names, arms, arm_dirs),
-        "notes": sorted({w for row in rows if row.fidelity for w in row.fidelity.warnings}),
+        "notes": [_co2_note(arms), *warnings],
     }
     text = environment().get_template("compare.html.j2").render(values)
     write_atomic(path, text.encode())

@@ -57,6 +57,18 @@ def percent_interval(estimate: Estimate) -> str:
     return f"{100 * estimate.low:.0f} to {percent(estimate.high)}"
 
 
+def points(share: float) -> str:
+    """Write a difference of two shares in percentage points, with its sign."""
+    return f"{100 * share:+.1f}"
+
+
+def points_interval(estimate: Estimate) -> str:
+    """Write the interval of such a difference, or nothing where it has none."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"{points(estimate.low)} to {points(estimate.high)}"
+
+
 def seconds(value: float) -> str:
     """Write a duration in seconds, minutes, hours or days."""
     if value < 120:

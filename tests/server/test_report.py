@@ -13,15 +13,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from polyclinic.common.cost_settings import CostSettings
 from polyclinic.common.refusals import BadInput
 from polyclinic.server.report import html, wording
-from polyclinic.server.report.comparison import write_comparison
+from polyclinic.server.report.comparison import arm_row, common_level, write_comparison
 from polyclinic.server.report.contest import comparison_verdict
 from polyclinic.server.report.costs import total
 from polyclinic.server.report.html import read_metrics, write_report
 from polyclinic.server.report.metrics import Metrics, SampleSheet
 from polyclinic.server.report.pictures import cut, spread
 from polyclinic.server.report.verdict import verdict
+from polyclinic.server.report.wording import number
 from tests.server.report_fakes import PROMPTS, estimate, faithfulness, fake_run, fidelity
 from tests.server.report_page import Page, assert_self_contained
 
@@ -248,6 +250,19 @@ def test_comparison_names_the_winners(comparison: tuple[Path, list[Metrics]]) ->
     assert "no DP" in page.text
     # Federated has the price and privacy of pooled, and a higher KID; the private arm is best at epsilon.
     assert "by value: pooled and dp; federated is beaten by pooled." in page.text
+    # The level that every arm reached prices them all; with a study's own, an arm may miss it.
+    level = max(min(r.fidelity.kid.value for r in arm.rounds if r.fidelity) for arm in arms)
+    assert f"price of KID ≤ {number(level)}" in page.text
+    assert "not reached" not in page.text
+    assert "CO2 is unknown" in page.text
+    settings = CostSettings(target_kid=0.03, grid_gco2_per_kwh=400, grid_source="made up")
+    strict = [arm.model_copy(update={"cost_settings": settings}) for arm in arms]
+    wanted = common_level(strict)
+    assert wanted == (0.03, "set by the study")
+    found = [arm_row("", "", arm, "", wanted[0]) for arm in strict]
+    assert [row.price == "not reached" for row in found] == [False, False, True]
+    joules = total(strict[0].cost, "energy_j") or 0.0
+    assert found[0].co2 == wording.scaled(joules / 3.6e6 * 400, "g")
     # Only the arm whose report exists is linked.
     assert [a["href"] for t, a in page.tags if t == "a" and a.get("class") != "skip"] == [
         "pooled/report.html"
