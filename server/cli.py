@@ -41,9 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = commands.add_parser("generate", help="draw images from a finished study")
     command.add_argument("run", type=Path, help="run folder", metavar="RUN")
-    command.add_argument("--prompt", required=True)
-    command.add_argument("-n", type=int, default=8, help="how many (%(default)s)")
-    command.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG to write (%(default)s)")
+    command.add_argument("--prompt", action="append", required=True, help="may be given again")
+    command.add_argument("-n", type=int, default=8, help="images of each prompt (%(default)s)")
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("grid.png"),
+        help="PNG of them all, or a new folder for one PNG each and images.csv (%(default)s)",
+    )
     command.add_argument("--round", type=int, help="round to draw from; default: the last")
     command.add_argument("--seed", type=int, default=0)
     common_options(command)
@@ -105,25 +110,25 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from polyclinic.common.drawing import sample
     from polyclinic.server.evaluation.judge import picture, write_picture
-    from polyclinic.server.release import open_generator
+    from polyclinic.server.release import open_generator, write_images
 
+    out: Path = arguments.out
     if arguments.n < 1:
         raise BadInput(f"-n {arguments.n}: ask for at least one image")
-    if not arguments.prompt.strip():
+    if not all(prompt.strip() for prompt in arguments.prompt):
         raise BadInput("--prompt is empty; write what the images should show")
-    if arguments.out.suffix.lower() != ".png":
-        raise BadInput(f"--out {arguments.out}: name a .png file")
+    if out.suffix.lower() not in ("", ".png") or (out.suffix == "" and out.exists()):
+        raise BadInput(f"--out {out}: name a .png file, or a new folder")
     resolved, family = open_generator(arguments.run, arguments.round)
     study = resolved.study
     settings = study.evaluation.model_copy(update={"seed": arguments.seed})
-    wanted = [(arguments.prompt, draw) for draw in range(arguments.n)]
+    wanted = [(prompt, draw) for prompt in dict.fromkeys(arguments.prompt) for draw in range(arguments.n)]
     images = sample(family, study.model_copy(update={"evaluation": settings}), wanted, "draw")
-    write_picture(arguments.out, picture(images, min(4, arguments.n)))
-    show(
-        arguments,
-        {"out": str(arguments.out), "images": arguments.n},
-        f"{arguments.out}: {arguments.n} images",
-    )
+    if out.suffix:
+        write_picture(out, picture(images, min(4, arguments.n)))
+    else:
+        write_images(out, images, [prompt for prompt, _ in wanted])
+    show(arguments, {"out": str(out), "images": len(images)}, f"{out}: {len(images)} images")
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 from polyclinic.common.device import pick_device
+from polyclinic.common.files import naming_full_disk
 from polyclinic.common.generators.base import BaseFiles, Family, load_family
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Resolved
 from polyclinic.server.app import load_resolved
 from polyclinic.server.checkpoints import load_checkpoint, rounds_done
-from polyclinic.server.evaluation.judge import load_state
+from polyclinic.server.evaluation.judge import load_state, picture
 
 
 def check_run(run_dir: Path) -> None:
@@ -59,6 +66,28 @@ def open_generator(run_dir: Path, number: int | None) -> tuple[Resolved, Family]
     return resolved, family
 
 
+def write_images(folder: Path, images: Tensor, prompts: list[str]) -> None:
+    """Save drawn images one by one as a data folder: PNG files and `images.csv` with their prompts.
+
+    Args:
+        folder: A new one; it appears whole or not at all.
+        images: `[n, 3, H, W]` in [0, 1].
+        prompts: Prompt of each.
+
+    Raises:
+        BadInput: The folder exists, or the disk is full.
+    """
+    with _new_folder(folder) as temporary, naming_full_disk(folder):
+        table = io.StringIO()
+        rows = csv.writer(table)
+        rows.writerow(["image", "caption"])
+        for number, (image, prompt) in enumerate(zip(images, prompts, strict=True), 1):
+            name = f"{number:0{len(str(len(images)))}d}.png"
+            picture(image[None], 1).save(temporary / name)
+            rows.writerow([name, prompt])
+        (temporary / "images.csv").write_text(table.getvalue(), encoding="utf-8")
+
+
 def export(family: Family, folder: Path, *, merged: bool = False) -> None:
     """Save what plain diffusers loads, safetensors only, whole or not at all.
 
@@ -70,12 +99,18 @@ def export(family: Family, folder: Path, *, merged: bool = False) -> None:
     Raises:
         BadInput: The folder exists.
     """
+    with _new_folder(folder) as temporary:
+        family.save(temporary, merged=merged)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         raise BadInput(f"{folder} exists; name a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        family.save(temporary, merged=merged)
+        yield temporary
         temporary.chmod(0o755)
         temporary.rename(folder)
     finally:

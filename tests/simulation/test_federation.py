@@ -10,11 +10,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 from polyclinic.client.approval import find_approval
 from polyclinic.client.ledger_chain import read_lines
+from polyclinic.common.reader_study.images import read_candidates
 from polyclinic.server.app import load_resolved
 from polyclinic.server.report.costs import merged, total
 from polyclinic.server.report.html import read_metrics
@@ -151,6 +153,19 @@ def test_a_private_run_spends_what_it_claims(random_vae: Path, tmp_path: Path) -
     from PIL import Image
 
     assert Image.open(tmp_path / "grid.png").size == (96, 32)
+    # Into a folder: a file each, with its prompt, as a reader study or a data folder wants them.
+    asked = ["--prompt", "a polyp", "--prompt", "no polyp", "-n", "3", "--out", tmp_path / "single"]
+    assert call("server", "generate", folder, *asked).returncode == 0
+    found = read_candidates(tmp_path / "single")
+    assert [candidate.prompt for candidate in found] == ["a polyp"] * 3 + ["no polyp"] * 3
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    for number, candidate in enumerate(found[:3]):
+        # Another size of the batch rounds differently.
+        one, other = np.asarray(Image.open(candidate.path)), grid[:, 32 * number : 32 * (number + 1)]
+        np.testing.assert_allclose(one.astype(int), other, atol=1)
+    again = call("server", "generate", folder, *asked)
+    assert again.returncode == 2
+    assert "new folder" in again.stderr
 
 
 def test_compare_draws_three_arms_on_equal_examples(random_vae: Path, tmp_path: Path) -> None:
