@@ -36,7 +36,16 @@ def phantoms(folder: Path, patients: int) -> tuple[list[Record], list[Record]]:
 
 
 def trained_site(
-    home: Path, own: list[Record], public: list[Record], *, private: bool, steps: int, store: Path
+    home: Path,
+    own: list[Record],
+    public: list[Record],
+    *,
+    private: bool,
+    steps: int,
+    store: Path,
+    rate: float = 1e-3,
+    draws: int = 6,
+    held_out: float = 0.45,
 ) -> tuple[Approval, Tensors]:
     """Approve a study and answer one round; returns the approval and the final state."""
     prompts = sorted({record.captions[0] for record in own})[:8]
@@ -57,19 +66,19 @@ def trained_site(
             "training": {
                 "rounds": 1,
                 "steps_per_round": steps,
-                "learning_rate": 1e-3,
+                "learning_rate": rate,
                 "device": "cpu",
                 "threads": 1,
             },
             "reference": {"pretrain": 0.0, "probe": 0.0, "evaluate": 1.0},
             "evaluation": {
                 "prompts": [{"text": text} for text in prompts],
-                "draws": 6,
-                "steps": 25,
+                "draws": draws,
+                "steps": 4 * draws,
                 "guidance": 1.0,
                 "eta": 0.0,
             },
-            "releases": {"leakage_gate": True, "held_out": 0.45},
+            "releases": {"leakage_gate": True, "held_out": held_out},
         },
         "heart",
     )

@@ -13,12 +13,13 @@ from torch import Tensor
 from polyclinic.common.data.table import Record
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study
+from polyclinic.server.cli import main as server
 from polyclinic.server.evaluation.estimate import PROTOCOL
 from polyclinic.server.evaluation.features import FeatureStore
 from polyclinic.server.evaluation.measure import drawn_for, measure
 from polyclinic.server.evaluation.ready import check_evaluation
 from polyclinic.server.reference import Reference
-from tests.simulation.conftest import call
+from polyclinic.simulation.cli import main as simulate
 
 MakeStudy = Callable[..., Study]
 PROMPTS = [{"text": f"disc number {i}"} for i in range(10)]
@@ -155,14 +156,17 @@ valley = {{declared_patients = 1000, min_patients = 2}}
 """
 
 
-def test_an_extractor_that_is_not_there_stops_plan_and_run(tmp_path: Path) -> None:
+def test_an_extractor_that_is_not_there_stops_plan_and_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     study = tmp_path / "study.toml"
     study.write_text(STUDY.format(extractors='["radiomic", "/nowhere/rad-dino"]'))
     home = tmp_path / "home"
-    for done in (call("server", "plan", study), call("simulation", "run", study, "--home", home)):
-        assert done.returncode == 2, done.stderr
-        assert "Traceback" not in done.stderr
-        sentence = done.stderr.strip().splitlines()[-1]
+    for main, words in ((server, ["plan", study]), (simulate, ["run", study, "--home", home])):
+        assert main([str(word) for word in words]) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        sentence = said.strip().splitlines()[-1]
         for name in ("evaluation.extractors", "/nowhere/rad-dino", "neither a path that exists"):
             assert name in sentence, sentence
     # Nothing was trained: neither a VAE nor a start.
@@ -185,11 +189,11 @@ def test_an_extractor_is_written_rightly(make_study: MakeStudy, extractors: list
         make_study(evaluation={"prompts": PROMPTS, "extractors": extractors})
 
 
-def test_a_reference_without_patients_is_refused(tmp_path: Path) -> None:
+def test_a_reference_without_patients_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     (tmp_path / "images.csv").write_text("image,caption\na.png,a disc\n")
     study = tmp_path / "study.toml"
     study.write_text(STUDY.format(extractors='["radiomic"]'))
-    done = call("server", "run", study, "--reference", tmp_path, "--home", tmp_path / "home")
-    assert done.returncode == 2
-    assert "patient" in done.stderr.strip().splitlines()[-1]
+    words = ["run", study, "--reference", tmp_path, "--home", tmp_path / "home"]
+    assert server([str(word) for word in words]) == 2
+    assert "patient" in capsys.readouterr().err.strip().splitlines()[-1]
