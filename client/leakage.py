@@ -79,7 +79,8 @@ class Findings(_Local):
         public: Thresholds, and what they are worth.
         trained: Patients that were trained on.
         held_out: Patients that were not.
-        expected: Near copies expected by chance among those trained on, at most.
+        expected: Near copies expected among those trained on: by chance `public.alpha`, or, where that is
+            more, as among those held out.
         chance: Of so many or more.
         membership: The membership test; None where too few patients were held out.
         reasons: Why a person may want to say `not released`; empty: nothing was found.
@@ -151,6 +152,10 @@ def inspect_final(home: Path, approval: Approval) -> tuple[Findings, Tensor]:
     # Of a patient with k images, each of which is found near with chance alpha at most.
     sizes = [len(own) for own in patients_of(groups[0]).values()]
     expected = sum(min(1.0, size * resolved.public.alpha) for size in sizes)
+    # How often patients are found near whom it has not seen: only to judge by, here. A flag depends on public
+    # things and its own patient alone.
+    if held_out:
+        expected = max(expected, len(trained) * sum(pair.near for pair in held_out) / len(held_out))
     found = sum(pair.near for pair in trained)
     chance = float(stats.poisson.sf(found - 1, expected)) if found else 1.0
     membership = None

@@ -46,7 +46,7 @@ def page(findings: Findings, images: Tensor, data: DataSettings) -> str:
     rows = [
         ("near copies among patients trained on", f"{findings.found} of {len(findings.trained)}"),
         (
-            "expected by chance, at most",
+            "expected by chance, or by the patients held out",
             f"{findings.expected:.2f} (so many or more: {findings.chance:.2g})",
         ),
         ("near copies among patients held out", f"{held_out} of {len(findings.held_out)}"),
@@ -55,7 +55,8 @@ def page(findings: Findings, images: Tensor, data: DataSettings) -> str:
         (
             "a near copy is nearer than",
             f"{findings.public.near_features:.3f} by features or {findings.public.near_pixels:.3f} by "
-            f"aligned pixels: of public images at most {findings.public.alpha:.2%} are, of other patients",
+            f"aligned pixels: of public images at most {findings.public.alpha:.2%} are, to other patients or "
+            "to what the start draws",
         ),
         ("final generator", findings.model),
     ]

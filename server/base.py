@@ -8,17 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from polyclinic.common.cost import Meter, append_cost, read_costs
 from polyclinic.common.data.pixels import snapshot_hash
 from polyclinic.common.device import pick_device
+from polyclinic.common.drawing import sample
 from polyclinic.common.files import canonical_json
-from polyclinic.common.generators.base import BaseFiles, Tensors, load_family, load_weights, trainable_state
+from polyclinic.common.generators.base import (
+    BaseFiles,
+    Tensors,
+    load_family,
+    load_trainable_state,
+    load_weights,
+    trainable_state,
+)
 from polyclinic.common.generators.checkpoint import hash_checkpoint, hash_files, large_files, licence
 from polyclinic.common.generators.public import hash_source, hash_state, resolve
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Resolved, Study
 from polyclinic.server.evaluation.features import FeatureStore
-from polyclinic.server.evaluation.federated import public_scale
+from polyclinic.server.evaluation.public_scale import public_scale
 from polyclinic.server.evaluation.ready import check_evaluation
 from polyclinic.server.pretrain import pretrain_generator, pretrain_vae
 from polyclinic.server.reference import Reference
@@ -73,14 +83,19 @@ def prepare_base(home: Path, study: Study, reference: Reference) -> Base:
     if path is not None:
         load_weights(family.module, path)
     start = trainable_state(family.module)
+    store = FeatureStore(home / "features", study.data.image_size, study.data.fit)
+
+    def draw() -> Tensor:
+        settings = study.evaluation.model_dump(mode="json")
+        recipe = ["start", hash_state(start), hash_files(files, study), settings]
+        return store.once(recipe, lambda: draw_start(study, files, start))
+
     resolved = Resolved(
         study=study,
         base_hash=hash_files(files, study),
         start_hash=hash_state(start),
         reference_hash=reference.hash,
-        public=public_scale(
-            study, reference, FeatureStore(home / "features", study.data.image_size, study.data.fit)
-        ),
+        public=public_scale(study, reference, store, None if path is None else draw),
     )
     costs = [line for part in (vae, path) if part for line in _read_cost(home, part)]
     return Base(files, start, resolved, costs)
@@ -102,6 +117,14 @@ def _prepare_large(study: Study, reference: Reference) -> Base:
         reference_hash=reference.hash,
     )
     return Base(files, start, resolved, [])
+
+
+def draw_start(study: Study, files: BaseFiles, start: Tensors) -> Tensor:
+    """Draw what a site's gate will draw, by the start: `[N, 3, H, W]` in [0, 1]."""
+    family = load_family(study, files, device=pick_device(study.training.device))
+    load_trainable_state(family.module, start)
+    wanted = [(p.text, draw) for p in study.evaluation.prompts for draw in range(study.evaluation.draws)]
+    return sample(family, study, wanted, "draw by the start, for the leakage gate")
 
 
 def _vae(home: Path, study: Study, reference: Reference) -> Path:

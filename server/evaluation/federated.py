@@ -16,22 +16,15 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from polyclinic.common.data.holdout import position
-from polyclinic.common.data.table import Record
-from polyclinic.common.features import near
 from polyclinic.common.features.efficientnet import efficientnet
 from polyclinic.common.features.fourier import CONSTANT, fourier, frequencies
 from polyclinic.common.files import write_atomic
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.study import PublicScale, Resolved, Study
+from polyclinic.common.study import Resolved, Study
 from polyclinic.common.wire import ReleaseFacts
 from polyclinic.server.evaluation.estimate import Estimate
-from polyclinic.server.evaluation.features import FeatureStore
 from polyclinic.server.evaluation.results import FederatedFidelity
-from polyclinic.server.reference import Reference
 
-FEWEST_PATIENTS = 12  # public ones, to take a scale from
-CHANCE = 0.005  # of a false near copy, per image and distance, where the reference is large enough
 FEWEST_SIGMAS = 4  # a number of patients that its own noise may have made is no number
 
 
@@ -172,40 +165,3 @@ def read_final(path: Path, study: Study) -> tuple[Tensor, list[str]]:
     """Read them, with the prompt of each."""
     each = [prompt.text for prompt in study.evaluation.prompts for _ in range(study.evaluation.draws)]
     return load_file(str(path))["features"], each
-
-
-def public_scale(study: Study, reference: Reference, store: FeatureStore) -> PublicScale | None:
-    """Take what the sites measure with from the reference's evaluate part; None where nothing is asked for.
-
-    Patients fall into two halves by a keyed hash. The bandwidth is the median distance between halves, the
-    thresholds those below which an image of one half is found near one of the other's.
-
-    Raises:
-        BadInput: Too few public patients.
-    """
-    asked = study.releases
-    if not asked.epsilons and not asked.leakage_gate:
-        return None
-    records = reference.evaluate
-    halves: tuple[list[Record], list[Record]] = ([], [])
-    for record in records:
-        halves[position(record.patient, f"{study.reference.key}/near") < 0.5].append(record)
-    if min(len({r.patient for r in half}) for half in halves) < FEWEST_PATIENTS // 2:
-        raise BadInput(
-            f"[releases] needs at least {FEWEST_PATIENTS} patients in the reference's evaluate part to take "
-            "its scales from; enlarge the reference, or its evaluate share"
-        )
-    extractor = efficientnet()
-    queries, targets = (store.of_records(extractor, half) for half in halves)
-    patients = [record.patient for record in halves[0]]
-    more = max(1.0, study.evaluation.images / len(targets))  # a site searches that many more images
-    chance = max(CHANCE / more, near.smallest_alpha(patients))
-    one, other = (near.thumbnails(store.pixels(half)) for half in halves)
-    return PublicScale(
-        extractor=extractor.weights,
-        bandwidth=float(torch.cdist(queries.double(), targets.double()).median()),
-        near_features=near.threshold(near.nearest_by_features(queries, targets).distances, patients, chance),
-        near_pixels=near.threshold(near.nearest_by_pixels(one, other).distances, patients, chance),
-        alpha=min(1.0, 2 * chance * more),
-        targets=len(targets),
-    )

@@ -14,8 +14,9 @@ from polyclinic.common.generators.public import hash_base, resolve
 from polyclinic.common.settings import DataSettings
 from polyclinic.common.study import Resolved, parse_study
 from polyclinic.common.wire_reading import RoundOrder, unpack_reply
+from polyclinic.server.base import draw_start
 from polyclinic.server.evaluation.features import FeatureStore
-from polyclinic.server.evaluation.federated import public_scale
+from polyclinic.server.evaluation.public_scale import public_scale
 from polyclinic.server.reference import split_reference
 from polyclinic.simulation.phantom import write_phantoms
 
@@ -46,13 +47,14 @@ def trained_site(
     rate: float = 1e-3,
     draws: int = 6,
     held_out: float = 0.45,
+    size: int = 64,
 ) -> tuple[Approval, Tensors]:
-    """Approve a study and answer one round; returns the approval and the final state."""
+    """Approve a study and answer one round, or none for no steps; returns approval and final state."""
     prompts = sorted({record.captions[0] for record in own})[:8]
     study = parse_study(
         {
             "name": "heart",
-            "data": {"image_size": 64},
+            "data": {"image_size": size},
             "generator": {"size": "msdm-tiny", "max_tokens": 32, "vae": VAE, "prompt_dropout": 0.0},
             "privacy": {
                 "enabled": private,
@@ -65,7 +67,7 @@ def trained_site(
             },
             "training": {
                 "rounds": 1,
-                "steps_per_round": steps,
+                "steps_per_round": max(1, steps),
                 "learning_rate": rate,
                 "device": "cpu",
                 "threads": 1,
@@ -83,13 +85,22 @@ def trained_site(
         "heart",
     )
     vae = resolve(VAE, None, "generator.vae")
+    family = load_family(study, BaseFiles(vae=vae), encoders=False)
+    load_weights(family.module, resolve("package:phantom/start.safetensors", None, "x"))
+    start = trainable_state(family.module)
+    kept = FeatureStore(store, size, "crop")
     text = resolve(study.generator.text_encoder, None, "generator.text_encoder")
     resolved = Resolved(
         study=study,
         base_hash=hash_base(vae, text, study.generator.max_tokens),
         start_hash="0" * 64,
         reference_hash="0" * 64,
-        public=public_scale(study, split_reference(study, public), FeatureStore(store, 64, "crop")),
+        public=public_scale(
+            study,
+            split_reference(study, public),
+            kept,
+            lambda: kept.once(["start"], lambda: draw_start(study, BaseFiles(vae=vae), start)),
+        ),
     )
     home.mkdir(mode=0o700)
     (home / "policy.toml").write_text(
@@ -97,12 +108,11 @@ def trained_site(
     )
     create_ledger(home, "site", simulated=True)
     approval = prepare_and_approve(home, "site", resolved, own, BaseFiles(vae=vae))
-    family = load_family(study, BaseFiles(vae=vae), encoders=False)
-    load_weights(family.module, resolve("package:phantom/start.safetensors", None, "x"))
-    start = trainable_state(family.module)
     order = RoundOrder(round=1, study_hash=resolved.hash)
-    moved = unpack_reply(answer_round(home, order, lambda _: start, in_time=lambda: True)).difference
-    final = {name: start[name] + moved[name] for name in start}
+    final = start
+    if steps:
+        moved = unpack_reply(answer_round(home, order, lambda _: start, in_time=lambda: True)).difference
+        final = {name: start[name] + moved[name] for name in start}
     receive_final(home, order, lambda _: final, in_time=lambda: True)
     return approval, final
 
