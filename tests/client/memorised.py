@@ -48,6 +48,7 @@ def trained_site(
     draws: int = 6,
     held_out: float = 0.45,
     size: int = 64,
+    test_key: str | None = None,
 ) -> tuple[Approval, Tensors]:
     """Approve a study and answer one round, or none for no steps; returns approval and final state."""
     prompts = sorted({record.captions[0] for record in own})[:8]
@@ -71,6 +72,7 @@ def trained_site(
                 "learning_rate": rate,
                 "device": "cpu",
                 "threads": 1,
+                "test_key": test_key,
             },
             "reference": {"pretrain": 0.0, "probe": 0.0, "evaluate": 1.0},
             "evaluation": {
@@ -105,6 +107,7 @@ def trained_site(
     home.mkdir(mode=0o700)
     (home / "policy.toml").write_text(
         f"declared_patients = {len(own)}\nmin_patients = 5\nallow_not_private = {str(not private).lower()}\n"
+        f"allow_test_randomness = {str(test_key is not None).lower()}\n"
     )
     create_ledger(home, "site", simulated=True)
     approval = prepare_and_approve(home, "site", resolved, own, BaseFiles(vae=vae))

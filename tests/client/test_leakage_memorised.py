@@ -7,11 +7,21 @@ from scipy import stats
 
 from tests.client.memorised import gate, phantoms, trained_site
 
+KEY = "4d" * 32  # the small case is the same one every time; nothing private is in it
+
 
 def test_a_generator_that_knows_its_patients_is_caught_by_their_losses(tmp_path: Path) -> None:
-    own, public = phantoms(tmp_path / "phantoms", 15)
+    own, public = phantoms(tmp_path / "phantoms", 18)
     approval = trained_site(
-        tmp_path / "home", own, public, private=False, steps=70, store=tmp_path, draws=2, size=32
+        tmp_path / "home",
+        own,
+        public,
+        private=False,
+        steps=120,
+        store=tmp_path,
+        draws=2,
+        size=32,
+        test_key=KEY,
     )[0]
     caught = gate(tmp_path / "home", approval)
     told = f"{len(caught.trained)} and {len(caught.held_out)} patients, {caught.membership}"

@@ -154,15 +154,24 @@ def test_a_private_run_spends_what_it_claims(random_vae: Path, tmp_path: Path) -
 
     assert Image.open(tmp_path / "grid.png").size == (96, 32)
     # Into a folder: a file each, with its prompt, as a reader study or a data folder wants them.
-    asked = ["--prompt", "a polyp", "--prompt", "no polyp", "-n", "3", "--out", tmp_path / "single"]
+    asked: list[str | Path] = [
+        "--prompt",
+        "a polyp",
+        "--prompt",
+        "no polyp",
+        "-n",
+        "3",
+        "--out",
+        tmp_path / "single",
+    ]
     assert call("server", "generate", folder, *asked).returncode == 0
     found = read_candidates(tmp_path / "single")
     assert [candidate.prompt for candidate in found] == ["a polyp"] * 3 + ["no polyp"] * 3
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     for number, candidate in enumerate(found[:3]):
         # Another size of the batch rounds differently.
-        one, other = np.asarray(Image.open(candidate.path)), grid[:, 32 * number : 32 * (number + 1)]
-        np.testing.assert_allclose(one.astype(int), other, atol=1)
+        one, wanted = np.asarray(Image.open(candidate.path)), grid[:, 32 * number : 32 * (number + 1)]
+        np.testing.assert_allclose(one.astype(int), wanted, atol=1)
     again = call("server", "generate", folder, *asked)
     assert again.returncode == 2
     assert "new folder" in again.stderr
