@@ -23,6 +23,7 @@ from polyclinic.common.study import Resolved
 HUB = "hub/hub"  # as HF_HOME=HOME/hub has it, which deploy/ sets
 MAIN = "main"
 FIELDS = ("vae", "text_encoder", "warm_start", "base", "prior")
+LARGE = ("generator.base", "generator.prior")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -118,9 +119,13 @@ def _wanted(resolved: Resolved, part: str | None, revision: str | None, source: 
 
 def _copy(folder: Path, place: Path, revision: str) -> Path:
     """Lay a folder out as the hub's cache would, and say where; one that is there already is replaced."""
+    from polyclinic.common.generators.checkpoint import INDEX, files_read
     from polyclinic.common.generators.public import HUB_FILES
 
-    files = sorted({path for pattern in HUB_FILES for path in folder.rglob(pattern) if path.is_file()})
+    if (folder / INDEX).is_file():
+        files = files_read(folder)  # a clone of a large model has it several times over
+    else:
+        files = sorted({path for pattern in HUB_FILES for path in folder.rglob(pattern) if path.is_file()})
     if not files:
         raise BadInput(f"{folder}: holds no safetensors and no configuration; name the folder of the model")
     commit = revision if _COMMIT.fullmatch(revision) else sha256_folder(folder)[:40]
@@ -155,10 +160,13 @@ def _download(home: Path, wanted: Named) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    from polyclinic.common.generators.checkpoint import fetch
     from polyclinic.common.generators.public import HUB_FILES
 
     try:
         constants.HF_HUB_OFFLINE = False
+        if wanted.field in LARGE:
+            return fetch(wanted.source, wanted.revision, wanted.field)
         folder = snapshot_download(
             wanted.source,
             revision=wanted.revision,

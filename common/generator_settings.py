@@ -179,6 +179,15 @@ class GeneratorSettings(Section):
         return {field: source for field, source in named.items() if source is not None}
 
     @property
+    def pinned(self) -> str:
+        """The pretrained pipelines with their revisions, in words; nothing for MSDM."""
+        revisions = {"base": self.base_revision, "prior": self.prior_revision}
+        return " and ".join(
+            f"{source} at revision {revisions[field]}" if revisions[field] else f"{source}, a folder"
+            for field, source in self.checkpoints.items()
+        )
+
+    @property
     def sources(self) -> list[str]:
         """Every frozen part that a study names by id, package or folder."""
         return list(self.checkpoints.values()) if self.large else [self.vae, self.text_encoder]

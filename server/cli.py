@@ -134,10 +134,14 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from polyclinic.server.release import export, open_generator
 
-    _, family = open_generator(arguments.run, arguments.round)
+    resolved, family = open_generator(arguments.run, arguments.round)
     export(family, arguments.out, merged=arguments.merged)
-    adapters = (arguments.out / "pytorch_lora_weights.safetensors").exists()
-    words = "its README.md says how diffusers loads it" if adapters else "load it with diffusers"
+    adapters = resolved.study.generator.large and not arguments.merged
+    words = "load it with diffusers"
+    if resolved.study.generator.large:
+        words = (
+            f"{'adapters' if adapters else 'the whole pipeline'}; its README.md says how diffusers loads it"
+        )
     show(arguments, {"out": str(arguments.out), "adapters": adapters}, f"{arguments.out}: {words}")
 
 

@@ -107,10 +107,21 @@ def _find(source: str, revision: str | None, field: str, weights: bool) -> Path:
         raise BadInput(
             f'`{field} = "{source}"` needs {field}_revision: the commit whose files every site takes'
         )
-    return _fetch(source, revision, field, weights)
+    return fetch(source, revision, field, weights=weights)
 
 
-def _fetch(source: str, revision: str, field: str, weights: bool) -> Path:
+def fetch(source: str, revision: str, field: str, *, weights: bool = True) -> Path:
+    """Fetch what is read of a pipeline on the hub, or find it in the hub's cache.
+
+    Args:
+        source: Its id.
+        revision: Branch, tag or commit.
+        field: Field of the study file, for the error message.
+        weights: False for its configuration alone.
+
+    Raises:
+        BadInput: It is not to be had; says why.
+    """
     from diffusers import DiffusionPipeline
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -168,6 +179,18 @@ def hash_checkpoint(folder: Path) -> str:
     Raises:
         BadInput: The folder is no pipeline.
     """
+    total = hashlib.sha256()
+    for path in files_read(folder):
+        total.update(f"{path.relative_to(folder)} {sha256_file(path)}\n".encode())
+    return total.hexdigest()
+
+
+def files_read(folder: Path) -> list[Path]:
+    """List the files of a pipeline that are read, its index first.
+
+    Raises:
+        BadInput: The folder is no pipeline.
+    """
     parts = sorted(
         name
         for name, kind in read_index(folder).items()
@@ -176,12 +199,8 @@ def hash_checkpoint(folder: Path) -> str:
         and kind[1]
         and name not in ("safety_checker", "feature_extractor")
     )
-    total = hashlib.sha256(f"{INDEX} {sha256_file(folder / INDEX)}\n".encode())
-    for part in parts:
-        for path in sorted((folder / part).glob("*")):
-            if _READ.fullmatch(path.name):
-                total.update(f"{part}/{path.name} {sha256_file(path)}\n".encode())
-    return total.hexdigest()
+    inside = [path for part in parts for path in sorted((folder / part).glob("*"))]
+    return [folder / INDEX, *(path for path in inside if _READ.fullmatch(path.name))]
 
 
 def hash_files(files: BaseFiles, study: Study) -> str:

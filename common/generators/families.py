@@ -48,7 +48,7 @@ FAMILIES: dict[str, Facts] = {
         "stable_diffusion:StableDiffusion",
         ("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "Stable Diffusion 1 and 2 are published under CreativeML Open RAIL-M, XL under Open RAIL++-M: "
+        "Stable Diffusion 1 is published under CreativeML Open RAIL-M, 2 and XL under Open RAIL++-M: "
         "commercial use is allowed, the uses it lists (medical advice among them) are not.",
         tokens=77,
     ),

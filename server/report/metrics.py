@@ -46,7 +46,9 @@ class StudyFacts(Part):
         start_hash: SHA-256 of the trainable state of round 0.
         reference_hash: SHA-256 of the coordinator's reference table.
         departures: Where and why the study departs from the released MSDM.
-        generator: Generator family and size.
+        generator: Generator family and size, or what it adapts.
+        base: Large model's checkpoints, each with its revision; "" for MSDM.
+        licence: Terms of a large model's base, which bind its adapters; "" for MSDM.
         trainable_parameters: Number of parameters in the trainable state.
         image_size: Side of the square images the generator draws, in pixels.
     """
@@ -59,6 +61,8 @@ class StudyFacts(Part):
     reference_hash: str = ""
     departures: list[str] = []
     generator: str
+    base: str = ""
+    licence: str = ""
     trainable_parameters: int = Field(ge=0)
     image_size: int = Field(gt=0)
 

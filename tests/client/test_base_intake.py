@@ -17,8 +17,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from polyclinic.client.base_intake import HUB
+from polyclinic.common.generators.base import BaseFiles
+from polyclinic.common.generators.checkpoint import hash_files
 from polyclinic.common.generators.public import HUB_FILES, hash_base, resolve
 from polyclinic.common.study import Resolved
+from tests.checkpoints import save
+from tests.common.test_families import study_of
 
 ID, COMMIT = "clinic/vae", "0123456789abcdef0123456789abcdef01234567"
 OLD = "f" * 40
@@ -82,6 +86,24 @@ def test_what_is_not_the_studys_is_taken_out_again(
     assert not list((home / HUB).glob("*/snapshots/*"))
     with pytest.raises(LocalEntryNotFoundError):
         found(home, None)
+
+
+def test_a_large_model_is_carried_here_without_what_nobody_reads(home: Path, tmp_path: Path) -> None:
+    base = save("stable-diffusion", tmp_path)
+    study = study_of("stable-diffusion", Path(ID), base_revision=COMMIT)
+    named = hash_files(BaseFiles(pipeline=base), study)
+    resolved = Resolved(study=study, base_hash=named, start_hash="0" * 64, reference_hash="0" * 64)
+    (home / "kit" / "study.json").write_text(json.dumps(resolved.model_dump(mode="json")))
+    read = {path.relative_to(base) for path in base.rglob("*") if path.is_file()}
+    for beside in ("whole.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"):
+        (base / beside).write_bytes(b"never read")
+    other = shutil.copytree(base, tmp_path / "other")
+    (other / "unet" / "config.json").write_text((other / "unet" / "config.json").read_text() + "\n")
+    assert f"{other}: with it the base is not that of tiny-" in add(home, other, code=2)
+    assert not list((home / HUB).glob("*/snapshots/*"))
+    assert f"{ID} is here, and the base is the study's: {named[:8]}" in add(home, base)
+    place = found(home, COMMIT)
+    assert {path.relative_to(place) for path in place.rglob("*") if path.is_file()} == read
 
 
 def test_bad_input_is_one_sentence(home: Path, tiny_vae: Path, make_study: Any, tmp_path: Path) -> None:

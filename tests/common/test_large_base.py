@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 import torch
 
+from polyclinic.client.approval import check_base
 from polyclinic.common.adapters import narrow
 from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.generators.base import BaseFiles, load_family
 from polyclinic.common.generators.checkpoint import hash_checkpoint, hash_files, large_files
 from polyclinic.common.generators.families import FAMILIES
 from polyclinic.common.generators.lora import adapter_layers, adapter_state
-from polyclinic.common.refusals import BadInput
-from polyclinic.common.study import Study, parse_study
+from polyclinic.common.refusals import BadInput, Refusal
+from polyclinic.common.study import Resolved, Study, parse_study
 from polyclinic.server.base import prepare_base
 from polyclinic.server.reference import Reference
 from tests.checkpoints import save
@@ -147,6 +148,19 @@ def test_another_base_than_the_study_names_is_refused(base: Path) -> None:
         prepare_base(Path("unused"), study, Reference([], [], [], "r"))
 
 
+def test_another_base_at_a_site_is_refused_by_name(base: Path, copied: Path) -> None:
+    study = study_of(NAME, base)
+    named = hash_files(BaseFiles(pipeline=base), study)
+    resolved = Resolved(study=study, base_hash=named, start_hash="0" * 64, reference_hash="0" * 64)
+    check_base(resolved, BaseFiles(pipeline=base))
+    config = copied / "unet" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(Refusal, match="approval-drift") as raised:
+        check_base(resolved, BaseFiles(pipeline=copied))
+    for said in (str(base), str(copied), named[:12], "not the study's"):
+        assert said in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
@@ -200,9 +214,10 @@ def test_what_the_hub_says_becomes_one_sentence_with_the_fix(hub: str, tmp_path:
     """In a process of its own, which may use the network: its hub is this test's server."""
     script = """
 import sys
+from polyclinic.client.approval import check_base
 from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.generators.checkpoint import large_files
-from polyclinic.common.refusals import BadInput
+from polyclinic.common.refusals import BadInput, Refusal
 for owner in ("gated", "missing", "old", "no network"):
     if owner == "no network":
         import huggingface_hub.constants

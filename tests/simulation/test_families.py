@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import shutil
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,11 @@ def test_two_rounds_over_two_sites_end_in_adapters_that_plain_diffusers_loads(
             assert difference.keys() == turn
             assert rank_of(difference) == rank
             assert all(bool(tensor.any()) for tensor in difference.values())
+
+    card = html.unescape((run_dir / "MODEL_CARD.md").read_text())
+    terms = FAMILIES[name].distilled or FAMILIES[name].licence
+    for said in (f"{name} LoRA of rank {RANK} on", "a folder", terms.split(":")[0]):
+        assert said in card
 
     resolved, family = open_generator(run_dir, None)
     mine = sample(family, resolved.study, [(text, 0) for text in PROMPTS], "draw")
