@@ -3,8 +3,10 @@
     python benchmarks/evaluation_response.py DIR --out table.md    DIR holds images.csv as a study's data do
 
 Half of the patients play the generator, the other half the reference. A metric is of use for a kind of damage
-if it moves away from its floor, and further with every level. `missing` drops images of one value of a label
-(view = AP by default) and fills up with others; `collapse` replaces images by copies of five.
+if it moves away from its floor, and further with every level. `collapse` replaces images by copies of five;
+`missing` replaces images of one value of a label (view = AP by default) by images of another value, as a
+generator does that does not know it. `seen` is the row of that value in the faithfulness table: of the images
+that were to show it, the share in which a probe sees it, trained on the reference's other half.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ from polyclinic.common.features.extractor import Extractor
 from polyclinic.common.features.load import load_extractor
 from polyclinic.common.progress import say
 from polyclinic.common.settings import DataSettings
+from polyclinic.server.evaluation.answers import Labelled
 from polyclinic.server.evaluation.estimate import all_metrics, z_scores
 from polyclinic.server.evaluation.features import FeatureStore
 from polyclinic.server.evaluation.jackknife import Jackknifed
+from polyclinic.server.evaluation.probe import measure_faithfulness
 from polyclinic.server.evaluation.split import equal_n, floor
 
 KEY = "evaluation-response"
@@ -75,15 +79,16 @@ LADDERS: dict[str, list[tuple[str, Damage]]] = {
 
 
 def without(records: list[Record], label: str, value: str, share: float, n: int) -> list[Record]:
-    """The first n records, when this share of those with the value is left out."""
-    kept, seen = [], 0
-    for record in records:
+    """The first n records, this share of those with the value replaced by later ones with another value."""
+    spare = (r for r in records[n:] if r.labels.get(label) not in (value, None))
+    found, seen = [], 0
+    for record in records[:n]:
         if record.labels.get(label) == value:
             seen += 1
             if round(share * seen) > round(share * (seen - 1)):
-                continue
-        kept.append(record)
-    return kept[:n]
+                record = next(spare, record)
+        found.append(record)
+    return found
 
 
 def rows(
@@ -105,29 +110,40 @@ def rows(
     if not chosen.has_floor:
         raise SystemExit(f"the halves of the reference hold fewer than {n} images: lower -n")
     y, y_groups = ready(real)[chosen.reference], [patients[i] for i in chosen.reference]
+    drawn, (label, value) = generator[:n], missing
+    wanted = [{label: r.labels[label]} for r in drawn]
+    compared = set(y_groups)
+    probe, holdout = (
+        Labelled(real[part], [{label: reference[i].labels[label]} for i in part], [patients[i] for i in part])
+        for part in ([i for i, p in enumerate(patients) if p not in compared], chosen.reference)
+    )
 
-    def row(damage: str, level: str, found: dict[str, Jackknifed]) -> str:
+    def row(damage: str, level: str, found: dict[str, Jackknifed], seen: str = "") -> str:
         cells = [f"{found[m].value:.3g} [{found[m].low:.3g}, {found[m].high:.3g}]" for m in METRICS]
         say(f"{extractor.name}: {damage} {level}")
-        return f"| {extractor.name} | {damage} | {level} | {' | '.join(cells)} |"
+        return f"| {extractor.name} | {damage} | {level} | {' | '.join(cells)} | {seen} |"
 
-    def scored(features: Tensor, of: list[Record]) -> dict[str, Jackknifed]:
-        return all_metrics(ready(features), y, [r.patient for r in of], y_groups)
+    def scored(features: Tensor, of: list[Record]) -> tuple[dict[str, Jackknifed], str]:
+        names = [r.patient for r in of]
+        faithful = measure_faithfulness(Labelled(features, wanted, names), probe, holdout, [label])
+        (one,) = (v.seen for v in faithful.rows[0].values if v.value == value)
+        return all_metrics(
+            ready(features), y, names, y_groups
+        ), f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]"
 
-    drawn = generator[:n]
     images = store.pixels(drawn)
     yield row("floor", "", floor(ready(real), patients, KEY, n, all_metrics))
-    yield row("none", "", scored(store.of_images(extractor, images), drawn))
+    yield row("none", "", *scored(store.of_images(extractor, images), drawn))
     for kind, ladder in LADDERS.items():
         for level, damage in ladder:
             spoiled = (damage(images).clamp(0, 1) * 255).round() / 255
-            yield row(kind, level, scored(store.of_images(extractor, spoiled), drawn))
-    for share in (0.5, 1.0):
-        left = without(generator, *missing, share, n)
-        if len(left) < n:
-            raise SystemExit(f"only {len(left)} images without {'='.join(missing)}: lower -n")
+            yield row(kind, level, *scored(store.of_images(extractor, spoiled), drawn))
+    for share in (0.25, 0.5, 0.75, 1.0):
+        left = without(generator, label, value, share, n)
+        if share == 1 and any(r.labels.get(label) == value for r in left):
+            raise SystemExit(f"too few images without {label}={value}: lower -n")
         found = scored(store.of_records(extractor, left), left)
-        yield row("missing", f"{share:.0%} of {'='.join(missing)}", found)
+        yield row("missing", f"{share:.0%} of {label}={value}", *found)
 
 
 def main() -> None:
@@ -151,8 +167,8 @@ def main() -> None:
         f"Measured {date.today()}, torch {torch.__version__}: {arguments.n} images a side at "
         f"{arguments.size} px, {len({r.patient for r in generator[: arguments.n]})} patients as generator; "
         "value [95 %].\n",
-        f"| extractor | damage | level | {' | '.join(METRICS)} |",
-        "|---|---|---|" + "---|" * len(METRICS),
+        f"| extractor | damage | level | {' | '.join(METRICS)} | seen {value} |",
+        "|---|---|---|" + "---|" * (len(METRICS) + 1),
     ]
     for source in arguments.extractor or ["package:efficientnet-lite0", "radiomic"]:
         extractor = load_extractor(ExtractorSettings(source=source))
