@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from polyclinic.common.generators.families import FAMILIES
+from polyclinic.common.generators.families import ABSENT, FAMILIES
 from polyclinic.common.section import Section
 
 MSDM_ONLY = (
@@ -203,7 +203,11 @@ class GeneratorSettings(Section):
     @classmethod
     def _family_defaults(cls, values: Any) -> Any:
         """Fill in what the family was released with, so that a resolved study says all of it."""
-        if not isinstance(values, dict) or values.get("family", "msdm") not in FAMILIES:
+        if not isinstance(values, dict) or not isinstance(values.get("family", ""), str):
+            return values
+        if (named := values.get("family", "msdm")) in ABSENT:
+            raise ValueError(f'family = "{named}" is not supported: {ABSENT[named]}')
+        if named not in FAMILIES:
             return values
         family = FAMILIES[values["family"]]
         lora = values.get("lora", {})

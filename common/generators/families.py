@@ -92,6 +92,12 @@ FAMILIES: dict[str, Facts] = {
     ),
 }
 
+# Families that people ask for and that cannot be had here: why, and what to take.
+ABSENT = {
+    "kandinsky-5": "the image pipeline of the installed diffusers reads prompts through Qwen2VLProcessor, "
+    "which needs torchvision, of which there is no CPU build for the pinned torch; take kandinsky-3",
+}
+
 
 def freezes_a(study: Study) -> bool:
     """Whether the adapters' A is frozen: drawn once from the public seed, part of the base."""

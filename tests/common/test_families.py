@@ -169,7 +169,7 @@ def test_sensitivity_in_bf16_is_within_tau(make: Make, name: str, views: int) ->
         assert 0.98 * clip < gap(whole, rest) <= clip
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["stable-diffusion-xl", "stable-diffusion-3"])  # others: in federations
 def test_the_self_test_passes_and_leaves_the_weights(make: Make, name: str) -> None:
     family = make(name, move=0.0, precision="bf16")
     start = adapter_state(family.module)

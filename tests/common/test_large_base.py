@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import typing
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import Kandinsky5T2IPipeline
+from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
 from polyclinic.client.approval import check_base
 from polyclinic.common.adapters import narrow
@@ -165,6 +168,14 @@ def test_another_base_at_a_site_is_refused_by_name(base: Path, copied: Path) -> 
     ("values", "sentence"),
     [
         ({"family": NAME}, "needs base, e.g. base = "),
+        ({"family": ["flux"]}, "generator.family"),
+        ({"family": "kandinsky-5", "base": "a/b"}, "needs torchvision"),
+        ({"family": "kandinsky-2-2", "base": "a/b"}, "needs prior, e.g. "),
+        ({"family": NAME, "base": "a/b", "stages": ["prior"]}, "stages means nothing to family = "),
+        (
+            {"family": "kandinsky-2-2", "base": "a/b", "prior": "a/c", "stages": ["prior", "prior"]},
+            "stages names one twice",
+        ),
         ({"family": NAME, "base": "a/b", "size": "msdm-tiny"}, "size means nothing to family = "),
         ({"base": "a/b"}, 'base means nothing to family = "msdm"'),
         ({"family": NAME, "base": "a/b", "lora": {"rank": 0}}, "generator.lora.rank"),
@@ -178,6 +189,17 @@ def test_a_table_that_means_nothing_is_refused(values: dict[str, Any], sentence:
         )
     assert str(raised.value).startswith("study.toml: ")
     assert sentence in str(raised.value)
+
+
+def test_kandinsky_5_cannot_be_loaded_here(tmp_path: Path) -> None:
+    """Its checkpoints' tokenizer is this class; once it loads without torchvision, it can be added."""
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "Qwen2VLProcessor"}')
+    Qwen2Tokenizer(vocab={"a": 0, "<|endoftext|>": 1}, merges=[]).save_pretrained(tmp_path)
+    Qwen2VLImageProcessorPil().save_pretrained(tmp_path)
+    hints = typing.get_type_hints(Kandinsky5T2IPipeline.__init__)
+    assert hints["tokenizer"] is Qwen2VLProcessor
+    with pytest.raises(ImportError, match="Torchvision"):
+        Qwen2VLProcessor.from_pretrained(tmp_path)
 
 
 HUB = {"gated": (403, "GatedRepo"), "missing": (401, "RepoNotFound"), "old": (404, "RevisionNotFound")}
