@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from html import escape
+from importlib import resources
 from typing import Any
 
-_STYLE = """
-:root{--ink:#1b2430;--soft:#5b6776;--line:#dde3ea;--paper:#fff;
---stop:#8f1d2c;--error:#b4461b;--warning:#8a6a00;--note:#4a6072}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:#f4f6f9;margin:0}
-main{max-width:1000px;margin:0 auto;padding:32px 24px 64px}
-h1{font-size:24px;margin:0 0 4px}h2{font-size:17px;margin:32px 0 8px}p{margin:4px 0;color:var(--soft)}
-.numbers{display:flex;flex-wrap:wrap;gap:12px;margin:20px 0}
-.numbers div{background:var(--paper);border:1px solid var(--line);border-radius:8px;
-padding:10px 16px;min-width:110px}
-.numbers b{display:block;font-size:22px}.numbers span{color:var(--soft);font-size:13px}
-.finding{background:var(--paper);border:1px solid var(--line);border-left:5px solid var(--c);
-border-radius:8px;padding:12px 16px;margin:10px 0}
-.finding b{color:var(--c);text-transform:uppercase;font-size:12px;letter-spacing:.05em;margin-right:8px}
-.finding .count{float:right;font-variant-numeric:tabular-nums;color:var(--soft)}
-.finding ul{margin:8px 0 0;padding-left:18px}
-.finding li{overflow-wrap:anywhere;color:var(--soft);font-size:13px}
-code{font-size:13px}table{border-collapse:collapse;width:100%;
-background:var(--paper);border:1px solid var(--line)}
-td,th{text-align:left;padding:6px 10px;border-bottom:1px solid var(--line);font-size:14px;vertical-align:top}
-"""
-_NOTHING = "default-src 'none'; style-src 'unsafe-inline'"
+from jinja2 import Environment
+
 NOTHING = "default-src 'none'; style-src 'unsafe-inline'"
 OLDER = (
     "the snapshot of this folder was made of another list, and approvals stay bound to it: run `snapshot` "
     "again, then `approve` again"
 )
 PRIVATE = "This page is about patients. It stays at this site."
+HEADINGS = {
+    "stop": (
+        "A person decides first",
+        "Nothing is accepted before: what compares patients is never resolved by a rule.",
+    ),
+    "error": (
+        "Put aside by --fix",
+        "For what is visible in the image or caption alone; no original is touched.",
+    ),
+    "warning": ("Stays in, and deserves a look", "`--quarantine CODE` treats one as an error."),
+    "note": ("Good to know", "Nothing to do."),
+}
 
 
 def words(facts: dict[str, Any]) -> str:
@@ -48,17 +41,14 @@ def words(facts: dict[str, Any]) -> str:
         lines.append(
             f"\n{row['severity']:8}{row['count']:>8,}  {row['title']} [{row['code']}]; {row['remedy']}"
         )
-        lines += [f"{'':18}{_example(example)}" for example in row["examples"][:3]]
+        lines += [f"{'':18}{example['where']}: {example['detail']}" for example in row["examples"][:3]]
     if not facts["findings"]:
         lines.append("nothing was found")
-    return "\n".join([*lines, "", *_fixed(facts)])
+    return "\n".join([*lines, "", *_after(facts)])
 
 
-def _example(example: dict[str, str]) -> str:
-    return f"{example['where']}: {example['detail']}"
-
-
-def _fixed(facts: dict[str, Any]) -> list[str]:
+def _after(facts: dict[str, Any]) -> list[str]:
+    """Say what `--fix` did, and what comes next."""
     if facts.get("fixed"):
         return [
             *([OLDER] if facts["older_snapshot"] else []),
@@ -76,47 +66,55 @@ def _fixed(facts: dict[str, Any]) -> list[str]:
 def page(facts: dict[str, Any]) -> str:
     """Write the page: self-contained, it loads nothing."""
     spread = facts["images_a_patient"]
-    numbers = {
-        f"{facts['unit']}s": f"{facts['patients']:,}",
-        "images": f"{facts['images']:,}",
-        "captions": f"{facts['captions']:,}",
-        f"images a {facts['unit']}": f"{spread['least']} to {spread['most']}",
-    }
-    cards = "".join(
-        f"<div><b>{value}</b><span>{escape(name)}</span></div>" for name, value in numbers.items()
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in facts["findings"]:
+        groups.setdefault(row["severity"], []).append(
+            row | {"examples": [_short(e, facts) for e in row["examples"]]}
+        )
+    tone, verdict = _verdict(facts, groups)
+    after = _after(facts)
+    if not facts.get("fixed") and tone != "stop":
+        after = [f"next: polyclinic-client check {facts['folder']} --fix"]
+    template = (
+        resources.files("polyclinic.client.check").joinpath("report.html.j2").read_text(encoding="utf-8")
     )
-    found = "".join(_finding(row) for row in facts["findings"]) or "<p>Nothing was found.</p>"
-    after = "".join(f"<p>{escape(line)}</p>" for line in _fixed(facts))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Preflight</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{NOTHING}">'
-        f"<style>{_STYLE}</style></head><body><main><h1>Preflight of the data</h1>"
-        f"<p><code>{escape(facts['folder'])}</code>, read as {escape(facts['source'])}</p><p>{PRIVATE}</p>"
-        f'<div class="numbers">{cards}</div><h2>Findings</h2>{found}{after}{_labels(facts["labels"])}'
-        "</main></body></html>\n"
-    )
+    return Environment(autoescape=True).from_string(template).render(
+        facts=facts,
+        nothing=NOTHING,
+        private=PRIVATE,
+        tone=tone,
+        verdict=verdict,
+        after=[*facts["apart_from"], *after],
+        groups=groups,
+        headings=HEADINGS,
+        numbers={
+            f"{facts['unit']}s": f"{facts['patients']:,}",
+            "images": f"{facts['images']:,}",
+            "captions": f"{facts['captions']:,}",
+            f"images a {facts['unit']}": f"{spread['least']} to {spread['most']}",
+        },
+    )  # fmt: skip
 
 
-def _finding(row: dict[str, Any]) -> str:
-    examples = "".join(f"<li>{escape(_example(example))}</li>" for example in row["examples"])
-    return (
-        f'<div class="finding" style="--c:var(--{row["severity"]})">'
-        f'<span class="count">{row["count"]:,}</span>'
-        f"<b>{row['severity']}</b>{escape(row['title'])} <code>{escape(row['code'])}</code>"
-        f"<p>{escape(row['remedy'])}</p><ul>{examples}</ul></div>"
-    )
+def _verdict(facts: dict[str, Any], groups: dict[str, list[dict[str, Any]]]) -> tuple[str, str]:
+    """Answer whether the folder can be used: the severity that decides, and a sentence."""
+    counts = {severity: sum(row["count"] for row in rows) for severity, rows in groups.items()}
+    look = f" {counts['warning']:,} warnings deserve a look." if counts.get("warning") else ""
+    if counts.get("stop"):
+        return (
+            "stop",
+            f"A person must decide about {counts['stop']:,} findings before anything can be used.{look}",
+        )
+    if facts.get("fixed"):
+        return "good", (
+            f"{facts['accepted']:,} images of {facts['accepted_patients']:,} {facts['unit']}s are accepted, "
+            f"{facts['quarantined']:,} images or rows are put aside.{look}"
+        )
+    if counts.get("error"):
+        return "error", f"{counts['error']:,} findings keep the folder from being used as it is.{look}"
+    return "good", f"The folder can be used as it is.{look}"
 
 
-def _labels(labels: dict[str, Any]) -> str:
-    if not labels:
-        return ""
-    rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{label['share']:.0%}</td><td>{label['values']:,}</td><td>"
-        + escape(", ".join(f"{value} ({count:,})" for value, count in label["most"].items()))
-        + "</td></tr>"
-        for name, label in labels.items()
-    )
-    return (
-        "<h2>Labels</h2><table><tr><th>label</th><th>images that have it</th><th>values</th>"
-        f"<th>the commonest</th></tr>{rows}</table>"
-    )
+def _short(example: dict[str, str], facts: dict[str, Any]) -> dict[str, str]:
+    """Leave the data folder's own path out of an example: the page names it once."""
+    return {name: text.replace(f"{facts['folder']}/", "") for name, text in example.items()}

@@ -100,9 +100,13 @@ def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
                 )
             return image.convert("RGB")
     except Image.DecompressionBombError as error:
-        raise UnusableImage(name, "too-large", f"unreadable image ({error})", _REPLACE) from error
+        pixels = next((int(word.strip("(")) for word in str(error).split() if word.strip("(").isdigit()), 0)
+        what = f"{pixels / 1e6:.0f} million pixels, more than {MAX_PIXELS // 10**6} million"
+        raise UnusableImage(name, "too-large", what, "make it smaller or cut out what matters") from error
+    except UnidentifiedImageError as error:
+        what = f"unreadable image (none of {', '.join(FORMATS)})"
+        raise UnusableImage(name, "unreadable", what, _REPLACE) from error
     except (
-        UnidentifiedImageError,
         OSError,
         SyntaxError,
         ValueError,

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -367,3 +369,28 @@ def test_a_kit_without_the_base_is_named(hospital: Any, capsys: pytest.CaptureFi
     (hospital.home / "kit" / BASE_INDEX).write_text('{"bases": {}}')
     assert approve(hospital, "--yes") == 2
     assert "the kit of this site does not carry it" in capsys.readouterr().err
+
+
+def test_cache_in_a_process_of_its_own_leaves_nothing_to_encode_for_the_approval(hospital: Any) -> None:
+    def cache(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "polyclinic.client.cli", "cache", str(hospital.data), *words]
+        return subprocess.run(
+            [*command, "--home", str(hospital.home)], capture_output=True, text=True, timeout=300, check=False
+        )
+
+    def shards() -> dict[str, int]:
+        return {p.name: p.stat().st_mtime_ns for p in (hospital.home / "cache").glob("*.safetensors")}
+
+    done = cache("--json")
+    assert done.returncode == 0, done.stderr
+    facts, before = json.loads(done.stdout), shards()
+    assert facts["images"] == len(hospital.records)
+    assert (hospital.home / "cache" / f"{facts['cache']}.json").exists()
+    assert kinds(hospital) == ["open"]  # nothing is approved by it
+    assert approve(hospital, "--yes") == 0
+    assert shards() == before
+    assert before
+    (hospital.data / "study.toml").write_text('name = "x"\n')
+    wrong = cache("--study", str(hospital.data / "study.toml"))
+    assert wrong.returncode == 2
+    assert "give the kit's study.json" in wrong.stderr

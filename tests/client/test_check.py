@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from polyclinic.client import cli
+from polyclinic.client.check import seen as packed
 from polyclinic.client.check.captions import Limit, examine
 from polyclinic.client.check.duplicates import BITS, nearly_same, same
 from polyclinic.client.check.identifiers import in_text
@@ -161,6 +163,33 @@ def test_a_chain_of_copies_is_one_group_whatever_order_its_pairs_come_in() -> No
 def test_equal_keys_are_grouped_and_an_empty_one_is_like_no_other() -> None:
     assert same(np.array([b"x", b"", b"y", b"x", b"", b"y", b"z"])) == [[0, 3], [2, 5]]
     assert same(np.array([], dtype="S32")) == []
+
+
+def test_what_is_kept_of_an_image_does_not_grow_with_what_was_seen_of_it(tmp_path: Path) -> None:
+    """80,000 images take 13 MB, whole at the start; their grey copies lie on disk, without a name."""
+    random, many = np.random.default_rng(0), 16_001
+    hashed = random.integers(0, 2**64, many, dtype=np.uint64)  # the last image has the first one's
+    fine = random.integers(-127, 128, (8, FINE), dtype=np.int8)
+    with packed.opened(many, tmp_path) as seen:
+        tracemalloc.start()
+        for number in range(many):
+            alike = {"hash": f"{hashed[number % (many - 1)]:016x}", "fine": fine[number % 8].tobytes().hex()}
+            look = {"pixels": f"{number:032x}", **alike}
+            seen.add(f"{number:064x}:12", look, known=False)
+        grown, _ = tracemalloc.get_traced_memory()
+        places, hashes, details = seen.comparable()
+        assert np.array_equal(details[-1], fine[(many - 1) % 8])
+        tracemalloc.reset_peak()
+        groups = nearly_same(hashes, details)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        held = seen.contents.nbytes + seen.pixels.nbytes + seen.hashes.nbytes + seen.compared.nbytes
+        assert list(tmp_path.iterdir()) == []
+    assert grown < 1_000_000
+    assert held <= 160 * many
+    assert peak < 150_000_000  # bounded by BLOCK x WIDE, whatever the number of images
+    assert len(places) == many
+    assert [0, many - 1] in groups
 
 
 # ---------------------------------------------------------------- what is accepted
