@@ -54,7 +54,7 @@ def look(path: Path, part: str) -> dict[str, Any]:
     except MemoryError:
         return {"found": [("too-large", "does not fit into a worker's memory")]}
     width, height = image.size
-    seen: dict[str, Any] = {"size": [width, height], "pixels": _pixel_hash(image)}
+    seen: dict[str, Any] = {"size": [width, height], "pixels": pixel_hash(image)}
     if min(width, height) < SMALLEST:
         return {"found": [*found, ("too-small", f"{width} x {height} pixels")], **seen}
     if max(width, height) > LONGEST_SHAPE * min(width, height):
@@ -109,7 +109,8 @@ def _of_the_file(path: Path, part: str) -> Said:
     return found
 
 
-def _pixel_hash(image: Image.Image) -> str:
+def pixel_hash(image: Image.Image) -> str:
+    """Hash decoded pixels: equal for one picture in two lossless files."""
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()[:32]
 
 

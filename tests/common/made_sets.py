@@ -107,7 +107,7 @@ def kvasir_parquet(folder: Path, images: int = 12) -> DataSettings:
     rows = _with_images(_kvasir_rows(images), "img_id")
     for shard in range(2):
         part = pa.Table.from_pylist(rows[shard * images : (shard + 1) * images])
-        pq.write_table(part, folder / "data" / f"raw-{shard:05d}-of-00002.parquet", row_group_size=5)
+        pq.write_table(part, folder / "data" / f"{shard:05d}.parquet", row_group_size=5)
     return _kvasir_captions(folder, images)
 
 
