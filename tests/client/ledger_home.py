@@ -81,7 +81,7 @@ def answered(home: Path, numbers: range, approval: str = "a") -> None:
     for number in numbers:
         with open_books(home) as ledger:
             place = reserve(ledger, number, approval=approval)
-            facts = ReplyFacts(**EMPTY | {"ledger_sequence": place.sequence, "ledger_hash": place.hash})
+            facts = ReplyFacts(**EMPTY | {"ledger_sequence": place["sequence"], "ledger_hash": place["hash"]})
             ledger.settle(approval, number, pack_reply({"w": torch.zeros(2)}, facts))
 
 

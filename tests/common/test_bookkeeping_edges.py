@@ -50,7 +50,7 @@ def test_broken_patients_contribute_zero_and_harm_nobody(route: str, value: floa
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20])
 def test_gram_norms_never_fall_short_of_the_true_norm(scale: float) -> None:
     # Squares of the output gradient vanish, or those of the input overflow; the product is harmless.
-    family: Any = SimpleNamespace(module=nn.Linear(2, 2, bias=False))
+    family: Any = SimpleNamespace(module=nn.Linear(2, 2, bias=False), dtype=torch.float32)
     family.view_losses = lambda views: family.module(views.normal).sum((1, 2)) * views.uniform
     views = Views({}, {}, normal(3, 1, 4, 2) / scale**0.9, torch.full((3, 1), scale))
     with only("gram"):

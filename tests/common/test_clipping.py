@@ -163,6 +163,8 @@ def test_factors_of_odd_norms() -> None:
 class GradientFamily:
     """A family whose patient gradient is the number given as the patient's `normal`, exactly."""
 
+    dtype = torch.float32
+
     def __init__(self) -> None:
         self.module = nn.ModuleDict({"a": nn.Linear(2, 1, bias=False), "b": nn.Linear(1, 1, bias=False)})
 
@@ -208,7 +210,8 @@ def test_a_finite_gradient_whose_norm_overflows_contributes_exactly_zero(engine:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_loss_that_is_not_one_number_a_view_is_refused(engine: Any) -> None:
     module = nn.Linear(3, 1)
-    family: Any = SimpleNamespace(module=module, view_losses=lambda views: module(views.normal).sum())
+    losses = lambda views: module(views.normal).sum()  # noqa: E731
+    family: Any = SimpleNamespace(module=module, dtype=torch.float32, view_losses=losses)
     with pytest.raises(ValueError, match="view losses have shape"):
         engine(family, Views({}, {}, torch.ones(2, 2, 3), torch.zeros(2, 2)), 1.0, 2)
 

@@ -55,6 +55,10 @@ class Toy:
         for parameter in module.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
     def view_losses(self, views: Views) -> Tensor:
         rows = self.run(views.normal).flatten(1)
         direction = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(4))
