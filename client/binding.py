@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import sysconfig
 from functools import lru_cache
 from importlib import metadata, resources
 from pathlib import Path
@@ -56,6 +58,9 @@ def dependencies() -> dict[str, str]:
     """
     found: dict[str, str] = {}
     extras: dict[str, set[str]] = {}
+    # Ray puts copies of its own, which lie inside its package, in front of what is installed.
+    installed = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
+    path = [entry for entry in sys.path if installed.isdisjoint(Path(entry).parents)]
     # What a site may have installed beside: decoders stand between its images and what is trained.
     todo = [(ROOT, frozenset({"", "client", "dicom", "parquet"}))]
     while todo:
@@ -64,9 +69,8 @@ def dependencies() -> dict[str, str]:
         if not new:
             continue
         extras[name] |= new
-        try:
-            distribution = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
+        distribution = next(iter(metadata.Distribution.discover(name=name, path=path)), None)
+        if distribution is None:
             continue  # for another platform or Python
         record = (distribution.read_text("RECORD") or "").encode()
         if name != ROOT:
