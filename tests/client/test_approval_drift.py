@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import fields
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -121,20 +120,6 @@ def test_bound_packages_are_the_closure_of_what_polyclinic_requires() -> None:
     assert not {"polyclinic", "pytest", "ruff", "mypy"} & bound.keys()
     assert all(re.fullmatch(r"\S+ sha256:[0-9a-f]{64}", entry) for entry in bound.values())
     assert bound["torch"].split()[0] == metadata.version("torch")
-
-
-def test_a_packages_own_copy_of_another_is_not_what_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As in a worker of Ray, which has a psutil with a RECORD of its own in front of the installed one.
-    ray = find_spec("ray")
-    assert ray
-    assert ray.origin
-    copies = Path(ray.origin).parent / "thirdparty_files"
-    assert list(copies.glob("psutil-*.dist-info"))
-    bound = dependencies()
-    assert "psutil" in bound
-    dependencies.cache_clear()
-    monkeypatch.syspath_prepend(copies)
-    assert dependencies() == bound
 
 
 def test_each_drift_is_named_and_a_person_may_approve_it(hospital: Any, tmp_path: Path) -> None:
