@@ -8,6 +8,7 @@ study wants that. A concrete family adds how its pipeline conditions, noises and
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +40,8 @@ PROMPTS_AT_ONCE = 8
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class LargeModel:
-    """A family of large models. See `base.Family`; subclasses fill in what raises NotImplementedError.
+class LargeModel(ABC):
+    """A family of large models. See `base.Family`.
 
     Attributes:
         part: Name of the denoiser in the pipeline.
@@ -109,21 +110,24 @@ class LargeModel:
         """Name layers that a target may match and whose output the denoiser throws away."""
         return ()
 
+    @abstractmethod
     def pooled_prompt(self, prompts: list[str]) -> Tensors:
         """Encode a few captions as the family's own pipeline does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, sample: Tensor, time: Tensor, views: Views) -> Tensor:
         """Call the denoiser as the family's own pipeline does; the answer has the target's shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def synthetic_prompt(self, count: int) -> Tensors:
         """Cached prompts of the right shapes that say nothing."""
-        raise NotImplementedError
 
     def dynamic_shift(self) -> float:
         """Mu of a flow scheduler that shifts by the image's size, as the family's pipeline computes it."""
-        raise NotImplementedError
+        raise BadInput(
+            f"{self.folder / 'scheduler' / 'scheduler_config.json'}: `use_dynamic_shifting`: the pipeline of "
+            f"{self.settings.family} has no such shift; write false, or name a base of another family"
+        )
 
     def gradient_checkpointing(self, wanted: bool) -> None:
         """Recompute activations in the backward pass, or keep them."""

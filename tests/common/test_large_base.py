@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Kandinsky5T2IPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2IPipeline
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
 from polyclinic.client.approval import check_base
 from polyclinic.common.adapters import narrow
+from polyclinic.common.cost import view_flops
 from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.generators.base import BaseFiles, load_family
 from polyclinic.common.generators.checkpoint import hash_checkpoint, hash_files, large_files
@@ -143,6 +144,17 @@ def test_a_folder_that_is_no_such_pipeline_is_refused(base: Path, copied: Path, 
     weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     assert "cannot be loaded" in refused(study_of(NAME, copied))
+
+
+def test_a_shift_that_the_familys_pipeline_does_not_know_is_refused(base: Path, copied: Path) -> None:
+    index = json.loads((copied / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (copied / "model_index.json").write_text(json.dumps(index))
+    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(copied / "scheduler")
+    study = study_of(NAME, copied)
+    family = load_family(study, large_files(study.generator), device="meta", encoders=False)
+    with pytest.raises(BadInput, match=r"scheduler_config\.json: `use_dynamic_shifting`"):
+        view_flops(family)  # as plan and approve count
 
 
 def test_another_base_than_the_study_names_is_refused(base: Path) -> None:
