@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from polyclinic.simulation.cli import main
 from tests.simulation.conftest import call, write_study
 
 Change = Callable[[Path, Path], None]
@@ -110,7 +111,11 @@ def no_vae(study: Path, data: Path) -> None:
     ],
 )
 def test_one_sentence_and_exit_code_2(
-    case: tuple[Path, Path], tmp_path: Path, spoil: Change, names: list[str]
+    case: tuple[Path, Path],
+    tmp_path: Path,
+    spoil: Change,
+    names: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import torch
 
@@ -119,17 +124,19 @@ def test_one_sentence_and_exit_code_2(
     study, data = case
     spoil(study, data)
     home = tmp_path / "home"
-    done = call("simulation", "run", study, "--data", data, "--home", home)
-    assert done.returncode == 2, done.stderr
-    sentence = done.stderr.strip().splitlines()[-1]
+    # In this process, so that an exception is an error here; `test_full_disk_while_caching` starts commands.
+    assert main(["run", str(study), "--data", str(data), "--home", str(home)]) == 2
+    said = capsys.readouterr().err
+    sentence = said.strip().splitlines()[-1]
     assert sentence.startswith("polyclinic-simulate: ")
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in said
     for name in names:
         assert name in sentence
     assert not list(home.rglob("checkpoints"))
     assert not [path for path in home.rglob("*") if path.name.startswith(".tmp-")]
 
 
+@pytest.mark.long  # tests/common/test_cache.py fills a disk in seconds
 def test_full_disk_while_caching(case: tuple[Path, Path], tmp_path: Path) -> None:
     """The home is on a disk of 2 MiB: caching stops with a sentence, and goes on once there is space."""
     if os.geteuid() != 0:

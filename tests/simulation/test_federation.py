@@ -77,7 +77,9 @@ def test_a_run_ends_in_a_report_stamped_not_private(undisturbed: tuple[Path, Pat
     assert (folder / "MODEL_CARD.md").exists()
 
 
-@pytest.mark.parametrize("moment", ["after round 1", "in the middle of a round"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("after round 1", marks=pytest.mark.long), "in the middle of a round"]
+)
 def test_kill_9_and_resume_gives_the_undisturbed_weights(
     undisturbed: tuple[Path, Path], tmp_path: Path, moment: str
 ) -> None:
