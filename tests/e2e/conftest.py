@@ -12,6 +12,17 @@ import torch
 from tests.e2e.federation import DATA, SITES, Federation, at_once
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each federation is a world of its own: its patients are those of the others, and no ledger knows that.
+
+    On one machine a site would rightly be refused patients whom another ledger there charges.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def random_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An AutoencoderKL with random weights, in the real format: 32 px become 8 x 4 x 4."""
