@@ -27,6 +27,10 @@ class CostSettings(Section):
         gt=0,
         description="public guess at a site's speed, which gives nominal seconds of a real site",
     )
+    gpu_flops_per_s: float | None = Field(
+        None, gt=0, description="published peak of one GPU in the study's precision: gives GPU-hours of FLOPs"
+    )
+    gpu_utilisation: float = Field(0.4, gt=0, le=1, description="share of that peak that training reaches")
     site_watts: float | None = Field(None, gt=0, description="public guess at a site's power while it trains")
 
     @model_validator(mode="after")
@@ -34,3 +38,9 @@ class CostSettings(Section):
         if self.grid_gco2_per_kwh is not None and not self.grid_source:
             raise ValueError("grid_gco2_per_kwh needs grid_source: say where the figure stands")
         return self
+
+    def gpu_seconds(self, flops: float) -> float | None:
+        """Seconds that one GPU takes for so many operations; None where its peak is unknown."""
+        if self.gpu_flops_per_s is None:
+            return None
+        return flops / (self.gpu_flops_per_s * self.gpu_utilisation)

@@ -42,6 +42,7 @@ class Study(Section):
     name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")
     title: str = Field("", description="what the report is headed with")
     departures: tuple[str, ...] = Field((), description="where and why it departs from the released MSDM")
+    notice: str = Field("", description="a sentence that every page about the study opens with")
     data: DataSettings = DataSettings()
     generator: GeneratorSettings = GeneratorSettings()
     privacy: PrivacySettings = PrivacySettings()
@@ -185,6 +186,15 @@ def load_study(source: str | Path) -> Study:
     Raises:
         BadInput: The file is missing, is not TOML, or a field is wrong; names file, field and fix.
     """
+    return parse_study(*read_values(source))
+
+
+def read_values(source: str | Path) -> tuple[dict[str, Any], str]:
+    """Read a study's values as they stand in its file, and the name to call it by.
+
+    Raises:
+        BadInput: The file is missing or is not TOML.
+    """
     path = Path(source)
     if path.is_file():
         try:
@@ -204,7 +214,7 @@ def load_study(source: str | Path) -> Study:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"{name}: not a TOML file: {error}; fix that line") from error
-    return parse_study(values, name)
+    return values, name
 
 
 def parse_study(values: dict[str, Any], name: str) -> Study:

@@ -95,6 +95,7 @@ def summarise(run_dir: Path, planned: Plan | None = None, settings: CostSettings
             start_hash=resolved.start_hash,
             reference_hash=resolved.reference_hash,
             departures=list(study.departures),
+            notice=study.notice,
             generator=study.generator.words,
             base=study.generator.pinned,
             licence=planned.licence,

@@ -196,6 +196,7 @@ def write_comparison(path: Path, arms: list[Metrics], arm_dirs: list[Path]) -> P
         "on_gpu": any(row.gpu != wording.DASH for row in rows),
         "priced": NAMES[computing(arms[0].cost)][0],
         "verdict": comparison_verdict(arms),
+        "notices": wording.notices(arms),
         "open_arms": [name for name, arm in zip(names, arms, strict=True) if not arm.private],
         "simulated": any(arm.simulated for arm in arms),
         "created": max(arm.created for arm in arms),

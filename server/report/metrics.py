@@ -46,6 +46,7 @@ class StudyFacts(Part):
         start_hash: SHA-256 of the trainable state of round 0.
         reference_hash: SHA-256 of the coordinator's reference table.
         departures: Where and why the study departs from the released MSDM.
+        notice: A sentence that every page opens with.
         generator: Generator family and size, or what it adapts.
         base: Large model's checkpoints, each with its revision; "" for MSDM.
         licence: Terms of a large model's base, which bind its adapters; "" for MSDM.
@@ -60,6 +61,7 @@ class StudyFacts(Part):
     start_hash: str = ""
     reference_hash: str = ""
     departures: list[str] = []
+    notice: str = ""
     generator: str
     base: str = ""
     licence: str = ""

@@ -145,6 +145,11 @@ def arm_names(arms: list[Metrics]) -> list[str]:
     return names
 
 
+def notices(arms: list[Metrics]) -> list[str]:
+    """Sentences that arms' studies want every page to open with, each once."""
+    return list(dict.fromkeys(arm.study.notice for arm in arms if arm.study.notice))
+
+
 def shared_title(arms: list[Metrics]) -> str:
     """Words that all arms' titles begin with; the first arm's study name where there are none."""
     titles = [arm.study.title.split() for arm in arms]

@@ -23,8 +23,9 @@ from polyclinic.common.generators.lora import adapter_state
 from polyclinic.common.privacy.clipping import ENGINES, tau
 from polyclinic.common.selftest import self_test
 from polyclinic.common.study import Study, parse_study
-from tests.checkpoints import FAMILY_OF, SIZE_OF, generator_table, reloaded, save
+from polyclinic.simulation.random_checkpoints import save
 from tests.common.test_engines import check_exact, gap, gradients, norm, select, views_for
+from tests.reloaded import FAMILY_OF, SIZE_OF, generator_table, reloaded
 
 NAMES = sorted(FAMILY_OF)
 # Two of them are networks like another's: what their checkpoints say differs, not what is computed.

@@ -12,7 +12,7 @@ from PIL import Image
 
 from polyclinic.common.generators.base import load_family, trainable
 from polyclinic.common.generators.checkpoint import large_files
-from tests.checkpoints import save
+from polyclinic.simulation.random_checkpoints import save
 from tests.common.test_engines import gradients, norm, views_for
 from tests.common.test_families import study_of, views_of
 

@@ -31,7 +31,7 @@ from polyclinic.common.refusals import BadInput, Refusal
 from polyclinic.common.study import Resolved, Study, parse_study
 from polyclinic.server.base import prepare_base
 from polyclinic.server.reference import Reference
-from tests.checkpoints import save
+from polyclinic.simulation.random_checkpoints import save
 from tests.common.test_families import study_of
 
 NAME = "stable-diffusion"

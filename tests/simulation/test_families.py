@@ -20,8 +20,9 @@ from polyclinic.common.generators.families import FAMILIES
 from polyclinic.common.study import Study, parse_study
 from polyclinic.common.wire_reading import unpack_reply
 from polyclinic.server.release import export, open_generator
+from polyclinic.simulation.random_checkpoints import save
 from polyclinic.simulation.run import simulate
-from tests.checkpoints import SIZE_OF, generator_table, reloaded, save
+from tests.reloaded import SIZE_OF, generator_table, reloaded
 
 PROMPTS = ["a polyp", "no polyp"]
 # Every family by another of the rules, and every rule by a family.

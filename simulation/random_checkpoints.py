@@ -1,10 +1,12 @@
-"""Pretrained pipelines of every large family with random weights, tiny, saved as diffusers saves real ones.
+"""Pretrained pipelines of the large families with random weights, small, saved as diffusers saves real ones.
 
-Each is drawn once a test session; its folder's name contains `random-weights`: nobody takes it for more.
+They stand where no real checkpoint is at hand: everything runs on them as on real ones, and what they draw is
+noise. A folder's name ends in `random-weights`: nobody takes it for more.
 """
 
 from __future__ import annotations
 
+import shutil
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -12,31 +14,38 @@ from typing import Any
 
 import torch
 
+RANDOM_WEIGHTS = "random-weights"
+
 
 def save(name: str, folder: Path, **changes: Any) -> Path:
-    """Save the pipeline of this name under the folder; the same weights every time."""
-    path = folder / f"{name}-random-weights"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        MAKERS[name](**changes).save_pretrained(path)
-        if name == "kandinsky-2-2":
-            kandinsky_2_2_prior().save_pretrained(prior_of(path))
+    """Save a pipeline whole, in one rename; the same weights every time.
+
+    Args:
+        name: One of `MAKERS`.
+        folder: Where its own folder will stand; one that is there is left as it is.
+        changes: For the maker, such as `width`.
+    """
+    marks = [*(f"{key}-{value}" for key, value in changes.items()), RANDOM_WEIGHTS]
+    path = folder / "-".join([name, *marks])
+    if not path.exists():
+        part = path.with_name(f".{path.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            MAKERS[name](**changes).save_pretrained(part)
+            if name == "kandinsky-2-2" and not prior_of(path).exists():
+                kandinsky_2_2_prior().save_pretrained(prior_of(path))
+        part.rename(path)
     return path
 
 
 def prior_of(base: Path) -> Path:
-    """The checkpoint that stands beside a decoder's."""
+    """Name the checkpoint that stands beside a decoder's."""
     return base.with_name(f"{base.name}-prior")
 
 
-def generator_table(name: str, base: Path, **more: Any) -> dict[str, Any]:
-    """A study's `generator` table that names the checkpoint."""
-    prior = {"prior": str(prior_of(base))} if name == "kandinsky-2-2" else {}
-    return {"family": FAMILY_OF[name], "base": str(base), "max_tokens": 8, **prior, **more}
-
-
 def clip(width: int, *, projected: bool = False) -> tuple[Any, Any]:
-    """A CLIP tokenizer of single letters, and a text encoder."""
+    """Make a CLIP tokenizer of single letters, and a text encoder."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     letters = string.ascii_lowercase + string.digits + string.punctuation
@@ -57,7 +66,7 @@ def clip(width: int, *, projected: bool = False) -> tuple[Any, Any]:
 
 
 def vae(channels: int, **more: Any) -> Any:
-    """An autoencoder of factor 8."""
+    """Make an autoencoder of factor 8."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -70,12 +79,12 @@ def vae(channels: int, **more: Any) -> Any:
     )
 
 
-def _unet(cross: int, **more: Any) -> Any:
+def _unet(cross: int, width: int = 1, **more: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=4,
-        block_out_channels=(16, 32),
+        block_out_channels=(16 * width, 32 * width),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -86,8 +95,8 @@ def _unet(cross: int, **more: Any) -> Any:
     )
 
 
-def stable_diffusion(prediction: str = "epsilon") -> Any:
-    """Like 1.5, and with `v_prediction` like 2.1."""
+def stable_diffusion(prediction: str = "epsilon", width: int = 1) -> Any:
+    """Make one like 1.5, and with `v_prediction` like 2.1; `width` multiplies the UNet's channels."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
     tokenizer, encoder = clip(16)
@@ -95,7 +104,7 @@ def stable_diffusion(prediction: str = "epsilon") -> Any:
         vae=vae(4),
         text_encoder=encoder,
         tokenizer=tokenizer,
-        unet=_unet(16),
+        unet=_unet(16, width),
         scheduler=PNDMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -111,6 +120,7 @@ def stable_diffusion(prediction: str = "epsilon") -> Any:
 
 
 def stable_diffusion_xl() -> Any:
+    """Make one like XL, with two text encoders."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     (tokenizer, encoder), (tokenizer_2, encoder_2) = clip(16), clip(24, projected=True)
@@ -135,7 +145,7 @@ def stable_diffusion_xl() -> Any:
 
 
 def t5(width: int) -> tuple[Any, Any]:
-    """A T5 tokenizer of single letters, and its encoder."""
+    """Make a T5 tokenizer of single letters, and its encoder."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     letters = string.ascii_lowercase + string.digits + string.punctuation
@@ -147,6 +157,7 @@ def t5(width: int) -> tuple[Any, Any]:
 
 
 def movq() -> Any:
+    """Make the autoencoder of Kandinsky 2.2 and 3."""
     from diffusers import VQModel
 
     return VQModel(
@@ -165,8 +176,8 @@ def movq() -> Any:
     )
 
 
-def flux(guided: bool = True) -> Any:
-    """Like [dev], and unguided like [schnell]."""
+def flux(guided: bool = True, width: int = 1) -> Any:
+    """Make one like [dev], and unguided like [schnell]; `width` multiplies the attention heads."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     (tokenizer, encoder), (tokenizer_2, encoder_2) = clip(16), t5(24)
@@ -186,7 +197,7 @@ def flux(guided: bool = True) -> Any:
             num_layers=2,
             num_single_layers=2,
             attention_head_dim=16,
-            num_attention_heads=2,
+            num_attention_heads=2 * width,
             joint_attention_dim=24,
             pooled_projection_dim=16,
             guidance_embeds=guided,
@@ -196,6 +207,7 @@ def flux(guided: bool = True) -> Any:
 
 
 def stable_diffusion_3() -> Any:
+    """Make one like 3, with three text encoders."""
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
@@ -230,7 +242,7 @@ def stable_diffusion_3() -> Any:
 
 
 def kandinsky_2_2() -> Any:
-    """The decoder."""
+    """Make the decoder of Kandinsky 2.2."""
     from diffusers import DDPMScheduler, KandinskyV22Pipeline, UNet2DConditionModel
 
     unet = UNet2DConditionModel(
@@ -264,6 +276,7 @@ def kandinsky_2_2() -> Any:
 
 
 def kandinsky_2_2_prior() -> Any:
+    """Make the prior of Kandinsky 2.2."""
     from diffusers import KandinskyV22PriorPipeline, PriorTransformer, UnCLIPScheduler
     from transformers import (
         CLIPImageProcessorPil,
@@ -299,7 +312,8 @@ def kandinsky_2_2_prior() -> Any:
     )
 
 
-def kandinsky_3() -> Any:
+def kandinsky_3(width: int = 1) -> Any:
+    """Make one like Kandinsky 3; `width` multiplies the UNet's channels."""
     from diffusers import DDPMScheduler, Kandinsky3Pipeline, Kandinsky3UNet
 
     tokenizer, encoder = t5(24)
@@ -308,7 +322,7 @@ def kandinsky_3() -> Any:
         groups=4,
         attention_head_dim=4,
         layers_per_block=2,
-        block_out_channels=(8, 16),
+        block_out_channels=(8 * width, 16 * width),
         cross_attention_dim=16,
         encoder_hid_dim=24,
     )
@@ -334,40 +348,3 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "kandinsky-2-2": kandinsky_2_2,
     "kandinsky-3": kandinsky_3,
 }
-
-
-def reloaded(base: Path, adapters: Path, dtype: torch.dtype) -> Any:
-    """What a person has who follows the export's README: plain diffusers alone."""
-    from diffusers import DiffusionPipeline, KandinskyV22CombinedPipeline
-    from peft import PeftModel
-
-    if prior_of(base).exists():
-        decoder, prior = (
-            DiffusionPipeline.from_pretrained(path, dtype=dtype) for path in (base, prior_of(base))
-        )
-        for owner, part, place in ((decoder, "unet", "unet"), (prior, "prior", "prior_prior")):
-            network = PeftModel.from_pretrained(
-                getattr(owner, part), adapters / place, autocast_adapter_dtype=False
-            )
-            owner.register_modules(**{part: network})
-        priors = {f"prior_{name}": component for name, component in prior.components.items()}
-        return KandinskyV22CombinedPipeline(**decoder.components, **priors)
-    pipeline = DiffusionPipeline.from_pretrained(base, dtype=dtype)
-    if (adapters / "adapter_config.json").exists():
-        pipeline.unet = PeftModel.from_pretrained(pipeline.unet, adapters, autocast_adapter_dtype=False)
-    else:
-        pipeline.load_lora_weights(adapters)
-    return pipeline
-
-
-FAMILY_OF = {
-    "stable-diffusion": "stable-diffusion",
-    "stable-diffusion-2-1": "stable-diffusion",
-    "stable-diffusion-xl": "stable-diffusion",
-    "stable-diffusion-3": "stable-diffusion-3",
-    "flux": "flux",
-    "flux-schnell": "flux",
-    "kandinsky-2-2": "kandinsky-2-2",
-    "kandinsky-3": "kandinsky-3",
-}
-SIZE_OF = {"kandinsky-2-2": 64, "kandinsky-3": 64}
