@@ -31,6 +31,9 @@ class CostSettings(Section):
         None, gt=0, description="published peak of one GPU in the study's precision: gives GPU-hours of FLOPs"
     )
     gpu_utilisation: float = Field(0.4, gt=0, le=1, description="share of that peak that training reaches")
+    gpu_memory_gb: float | None = Field(
+        None, gt=0, description="memory of each site's GPU, 10^9 bytes; `plan` refuses what does not fit"
+    )
     site_watts: float | None = Field(None, gt=0, description="public guess at a site's power while it trains")
 
     @model_validator(mode="after")

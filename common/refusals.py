@@ -113,6 +113,8 @@ REASONS: dict[str, Reason] = {
                "free disk space at the site; nothing was spent"),
         Reason(1067, "gpu-memory-short", "the site's GPU has less free memory than its policy sets aside",
                "wait until the GPU is free, or lower max_gpu_memory_gb in the site's own policy.toml"),
+        Reason(1068, "gpu-too-small", "the study's training does not fit the GPU that is declared for a site",
+               "change the study, or correct cost.gpu_memory_gb or the site's gpu_memory_gb"),
     )
 }  # fmt: skip
 

@@ -227,6 +227,9 @@ class SimulatedSite(Section):
     declared_patients: int = Field(ge=1, description="public size of the site; never computed from its data")
     epsilon_cap: float = Field(10.0, gt=0, description="the site's own cap a study")
     min_patients: int = Field(20, ge=1, description="checked at approval")
+    gpu_memory_gb: float | None = Field(
+        None, gt=0, description="memory of its GPU, 10^9 bytes; default: cost.gpu_memory_gb"
+    )
     lora_rank: int | None = Field(
         None,
         ge=1,

@@ -76,7 +76,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     study = load_study(arguments.study)
     files = local_files(study, str(arguments.study), weights=arguments.measure)
-    planned = plan(study, speed=measure_speed(study, files) if arguments.measure else None)
+    speed = measure_speed(study, files) if arguments.measure else None
+    planned = plan(study, speed=speed, memory=True)
     show(arguments, json.loads(planned.model_dump_json()), words(planned))
 
 

@@ -23,9 +23,11 @@ from polyclinic.common.settings import SimulatedSite
 from polyclinic.common.study import Study
 from polyclinic.server.plan_advice import Advice, advise
 from polyclinic.server.plan_cost import Speed, evaluation_flops, forecast, ledger_lines, travel_bytes
+from polyclinic.server.plan_fit import check_fit
+from polyclinic.server.plan_memory import HEADROOM, Memory, training_memory
 from polyclinic.server.report.costs import CostEntry
 from polyclinic.server.report.metrics import Part
-from polyclinic.server.report.wording import bound, count, number, scaled
+from polyclinic.server.report.wording import bound, count, gpu_time, number, scaled
 
 PIXELS_A_LATENT = 8
 FP32 = 4  # bytes
@@ -46,6 +48,7 @@ class SitePlan(Part):
         expected_patients: Mean number of patients in a step, q x declared.
         expected_views: Mean number of views in a step.
         flops: Forward and backward operations of the whole study at this site.
+        gpu_seconds: What a GPU takes for them, by the study's stated peak and utilisation.
         noise_to_batch: sigma / (q x declared): noise on the mean gradient, in units of the clip bound.
     """
 
@@ -59,6 +62,7 @@ class SitePlan(Part):
     expected_patients: float | None = None
     expected_views: float | None = None
     flops: float | None = None
+    gpu_seconds: float | None = None
     noise_to_batch: float | None = None
 
 
@@ -96,6 +100,7 @@ class Plan(Part):
         evaluation_flops: Operations of the denoising network in one evaluation.
         sites: One entry for each site.
         warnings: Settings known to be poor.
+        memory: GPU memory of a site's training; None where it was not asked for.
         forecast: The cost ledger before anything runs, to be compared with what it came to.
     """
 
@@ -129,6 +134,7 @@ class Plan(Part):
     evaluation_flops: float
     sites: list[SitePlan]
     warnings: list[Advice]
+    memory: Memory | None = None
     forecast: list[CostEntry]
 
 
@@ -138,6 +144,7 @@ def plan(
     *,
     speed: Speed | None = None,
     declared: Mapping[str, int | None] | None = None,
+    memory: bool = False,
 ) -> Plan:
     """Work out what a study means.
 
@@ -145,16 +152,20 @@ def plan(
         study: The study.
         source: Name of its file, for error messages.
         speed: How fast this machine is, where the sites are simulated on it: gives seconds and joules.
+        memory: Forecast memory too, and refuse what does not fit a declared GPU.
         declared: Site to its declared patients, where the sites are known; default: the simulation's.
 
     Raises:
         BadInput: The image size does not fit the autoencoder, a base or an extractor is not there, or epsilon
             cannot be met.
-        Refusal: `accountant-disagrees`.
+        Refusal: `accountant-disagrees`, `gpu-too-small`.
     """
     _check_size(study, source)
     check_extractors(study.evaluation.extractors, download=False)
     files = local_files(study, source)
+    needed = training_memory(study, files) if memory else None
+    if needed is not None:
+        check_fit(study, files, needed)
     family = load_family(study, files, device="meta", encoders=False)
     state = {name: p.detach() for name, p in trainable(family.module).items()}
     parameters = sum(p.numel() for p in state.values())
@@ -199,6 +210,7 @@ def plan(
         evaluations=evaluations,
         evaluation_flops=drawn,
         sites=sites,
+        memory=needed,
         warnings=advise(study, {site.name: site.noise_to_batch for site in sites}),
         forecast=forecast(
             study,
@@ -239,8 +251,11 @@ def words(plan: Plan) -> str:
         f"{scaled(plan.forward_flops, 'FLOP')} of them forward (counted on the meta device)",
     ]
     lines += [
-        f"  {site.name}: {scaled(site.flops, 'FLOP')} over the study" for site in plan.sites if site.flops
+        f"  {site.name}: {scaled(site.flops, 'FLOP')} over the study{_gpu_words(site)}"
+        for site in plan.sites
+        if site.flops
     ] or [f"  {EACH_SITE}: {scaled(plan.patient_flops, 'FLOP')} over the study for each declared patient"]
+    lines += _memory_words(plan.memory)
     lines += [
         f"  network: {scaled(plan.down_bytes, 'B')} down and {scaled(plan.up_bytes, 'B')} up "
         f"a round and site ({plan.transport})",
@@ -258,6 +273,24 @@ def words(plan: Plan) -> str:
     if plan.warnings:
         lines += ["", "Warnings", *(f"  ! {advice.text}" for advice in plan.warnings)]
     return "\n".join(lines)
+
+
+def _gpu_words(site: SitePlan) -> str:
+    return f", {gpu_time(site.gpu_seconds)} at the stated utilisation" if site.gpu_seconds else ""
+
+
+def _memory_words(memory: Memory | None) -> list[str]:
+    if memory is None:
+        return []
+    b = {name: scaled(value, "B") for name, value in memory.model_dump().items()}
+    return [
+        f"  GPU memory at a site: {b['total']}, the driver's context and {number(100 * HEADROOM)} % headroom "
+        "included:",
+        f"    {b['frozen']} frozen and {b['trained']} trained weights, {b['moments']} of AdamW's averages, "
+        f"{b['sums']} of sums,",
+        f"    and {b['working']} for a micro-batch or {b['noise']} for the noise, whichever is more "
+        "(the real step, on tensors without data)",
+    ]
 
 
 def _check_size(study: Study, source: str) -> None:
@@ -326,6 +359,7 @@ def _site(name: str, site: SimulatedSite | None, study: Study, patient_flops: fl
             "expected_patients": expected,
             "expected_views": expected * privacy.views,
             "flops": patient_flops * site.declared_patients,
+            "gpu_seconds": study.cost.gpu_seconds(patient_flops * site.declared_patients),
             "noise_to_batch": out.sigma / expected if privacy.enabled else None,
         }
     )

@@ -79,6 +79,13 @@ def seconds(value: float) -> str:
     return f"{number(value)} s"
 
 
+def gpu_time(spent: float) -> str:
+    """Write seconds of GPU time in hours, or in less where it is little."""
+    if spent < 1:
+        return f"{number(1e3 * spent)} ms"
+    return seconds(spent) if spent < 360 else f"{number(spent / 3600)} h"
+
+
 def scaled(value: float, unit: str, step: float = 1000.0) -> str:
     """Write a quantity with a decimal prefix, as in 3.2 GB."""
     prefixes = ("", "k", "M", "G", "T", "P", "E", "Z")
