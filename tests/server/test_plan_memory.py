@@ -15,10 +15,10 @@ from polyclinic.common.refusals import Refusal
 from polyclinic.common.study import Study, parse_study
 from polyclinic.server.plan import local_files, plan, words
 from polyclinic.server.plan_fit import check_fit
-from polyclinic.server.plan_memory import TOLERANCE, training_memory, working_bytes
+from polyclinic.server.plan_memory import HEADROOM, training_memory, working_bytes
 from polyclinic.simulation.random_checkpoints import save
 
-PATIENTS = 4
+PATIENTS = 6
 
 
 def study_of(base: Path, **tables: dict[str, Any]) -> Study:
@@ -26,7 +26,7 @@ def study_of(base: Path, **tables: dict[str, Any]) -> Study:
     values: dict[str, Any] = {
         "name": "memory",
         "data": {"image_size": 64},
-        "generator": {"family": family, "base": str(base), "lora": {"rank": 4}, "max_tokens": 16},
+        "generator": {"family": family, "base": str(base), "lora": {"rank": 4}, "max_tokens": 24},
         "privacy": {"views": 2, "micro_batch": PATIENTS, "sampling_rate": 0.5, "delta": 1e-3},
         "training": {"rounds": 1, "steps_per_round": 1, "device": "cpu", "threads": 1},
         "evaluation": {"prompts": [{"text": "a polyp"}]},
@@ -69,9 +69,17 @@ def allocated(study: Study) -> int:
     return peak
 
 
-@pytest.mark.parametrize("name", ["flux", "kandinsky-3", "stable-diffusion"])
-@pytest.mark.parametrize("kept", ["recomputed", "kept"])
-@pytest.mark.parametrize(("precision", "private"), [("bf16", True), ("fp32", True), ("bf16", False)])
+@pytest.mark.parametrize(
+    ("name", "kept", "precision", "private"),
+    [
+        ("flux", "recomputed", "bf16", True),
+        ("flux", "kept", "fp32", True),
+        ("kandinsky-3", "recomputed", "bf16", True),
+        ("stable-diffusion", "recomputed", "bf16", True),
+        ("stable-diffusion", "kept", "bf16", True),
+        ("stable-diffusion", "recomputed", "fp32", False),
+    ],
+)
 def test_working_memory_is_what_the_allocator_counts(
     bases: dict[str, Path], name: str, kept: str, precision: str, private: bool
 ) -> None:
@@ -79,7 +87,8 @@ def test_working_memory_is_what_the_allocator_counts(
     generator |= {"gradient_checkpointing": kept == "recomputed", "precision": precision}
     study = study_of(bases[name], generator=generator, privacy={"enabled": private})
     family = load_family(study, local_files(study, "memory"), device="meta", encoders=False)
-    assert working_bytes(study, family) == pytest.approx(allocated(study), rel=TOLERANCE)
+    counted, forecast = allocated(study), working_bytes(study, family)
+    assert 0.99 * forecast <= counted <= (1 + HEADROOM) * forecast
 
 
 def test_parts_add_up_to_what_is_known_of_the_model(bases: dict[str, Path]) -> None:
