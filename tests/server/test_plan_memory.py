@@ -108,7 +108,7 @@ def test_parts_add_up_to_what_is_known_of_the_model(bases: dict[str, Path]) -> N
     assert memory.moments == state
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
+@pytest.mark.parametrize("share", [0.9, 0.5])
 def test_a_study_that_cannot_fit_is_refused_with_settings_that_fit(
     bases: dict[str, Path], share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
