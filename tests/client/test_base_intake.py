@@ -21,7 +21,7 @@ from polyclinic.common.generators.base import BaseFiles
 from polyclinic.common.generators.checkpoint import hash_files
 from polyclinic.common.generators.public import HUB_FILES, hash_base, resolve
 from polyclinic.common.study import Resolved
-from tests.checkpoints import save
+from polyclinic.simulation.random_checkpoints import save
 from tests.common.test_families import study_of
 
 ID, COMMIT = "clinic/vae", "0123456789abcdef0123456789abcdef01234567"
