@@ -18,6 +18,7 @@ from polyclinic.server.spool import Spooled
 # Seconds before a site is asked again (doubled each time).
 ASK_AGAIN_S, SLOWEST_ASK_AGAIN_S = 5.0, 60.0
 TELL_S = 30.0  # after the last reply, before it is said who is waited for
+REASONS_S = 15.0  # for which reasons are heard, where too few sites are left for a release
 WAITING = {False: "not here", True: "asked"}
 
 
@@ -43,6 +44,7 @@ class OpenRound:
         questions: Question whether it is at work (silence.py) to the site that was asked it.
         questioned: How often it was.
         grace: The quorum has answered.
+        lost: Too few sites are left for a release.
         withdrawn: Sites that were put out while they were waited for.
         told: It was said who is missing.
     """
@@ -72,6 +74,7 @@ class OpenRound:
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
     grace: bool = False
+    lost: bool = False
     withdrawn: set[str] = field(default_factory=set)
     told: bool = False
 
@@ -110,6 +113,11 @@ class OpenRound:
             self.grace = True
             self.end = min(self.end, time.monotonic() + settings.grace_s)
             self.board.phase("training", self.end - time.monotonic())
+
+    def begin_loss(self) -> None:
+        """Where a release is out of reach, let the round end soon: not at once, to hear every reason."""
+        if not self.lost:
+            self.lost, self.end = True, min(self.end, time.monotonic() + REASONS_S)
 
     def waiting(self, site: str) -> list[str]:
         """Messages that a site may still answer."""

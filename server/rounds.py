@@ -279,8 +279,12 @@ def _collect(
         silence.question(link, opened, online)
         opened.say_who_is_missing()
         waiting = opened.outstanding()
-        if not waiting or len(opened.differences) + len(waiting) < settings.min_sites:
+        if not waiting:
             return
+        if len(opened.differences) + len(waiting) < settings.min_sites:
+            if not opened.pending:
+                return
+            opened.begin_loss()
         pause = POLL_S if heard else min(1.5 * pause, SLOWEST_POLL_S)
         if not heard:
             time.sleep(max(0.0, min(pause, opened.end - time.monotonic())))

@@ -27,7 +27,7 @@ from polyclinic.simulation.grid import InProcessGrid, _identify
 
 SECONDS = {
     rounds: {"POLL_S": 0.01, "SLOWEST_POLL_S": 0.05, "NAMES_S": 0.02},
-    open_round: {"ASK_AGAIN_S": 0.05, "TELL_S": 0.1},
+    open_round: {"ASK_AGAIN_S": 0.05, "TELL_S": 0.1, "REASONS_S": 0.3},
     silence: {"SILENT_S": 0.2, "QUESTION_S": 0.3},
 }
 

@@ -249,3 +249,27 @@ def test_neither_order_nor_disturbance_changes_a_bit_of_the_model(tmp_path: Path
     )
     assert wild.record.state_hash == calm.record.state_hash
     assert wild.record.replied.keys() == calm.record.replied.keys()
+
+
+def test_a_round_that_cannot_be_released_hears_the_other_reasons_first(tmp_path: Path) -> None:
+    class OneLook(Sites):
+        """The second site's reply is there at the second look."""
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            found = list(super().pull_messages(message_ids))
+            if not found:
+                self.lost.clear()
+            return found
+
+    no = fails(REASONS["budget-exhausted"].code)
+    grid = OneLook({"x": no, "y": no})
+    grid.lost = {"y"}
+    with pytest.raises(Refusal, match=r"'x': '1003 [a-z-]+', 'y': '1003 [a-z-]+'.*absent: none"):
+        one_round(tmp_path, grid, resolved(deadline_s=3600.0), expected=["x", "y"])
+
+
+def test_a_round_that_cannot_be_released_waits_for_no_deadline(tmp_path: Path) -> None:
+    grid = Sites({"x": fails(REASONS["budget-exhausted"].code), "y": moves_by(1.0)})
+    grid.lost = {"y"}
+    with pytest.raises(Refusal, match=r"0 of at least 2.*absent: \['y'\]"):
+        one_round(tmp_path, grid, resolved(deadline_s=3600.0), expected=["x", "y"])
