@@ -99,7 +99,9 @@ class Board:
             self.phase("finished")
         else:
             with suppress(BadInput):  # a full disk must not hide what ended the run: it may be the same disk
-                self.phase(f"failed: {str(error) or kind.__name__}")
+                # A signal that ends the ServerApp carries an exit code for a text: "failed: 0" says nothing.
+                stopped = isinstance(error, SystemExit | KeyboardInterrupt)
+                self.phase(f"failed: {'it was stopped' if stopped else str(error) or kind.__name__}")
 
     def open(self, number: int, sites: Iterable[str], quorum: int, seconds: float) -> None:
         """Say that a round waits for its sites.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,16 @@ def test_progress_says_where_a_run_stands(tmp_path: Path) -> None:
     again = read_progress(tmp_path)
     assert again is not None
     assert (again.bytes_up, again.epsilon) == (last.bytes_up, last.epsilon)
+
+
+def test_a_server_that_is_told_to_stop_says_so(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, start())
+
+    def told_to_stop(message: Message) -> Message:
+        sys.exit(0)
+
+    with pytest.raises(SystemExit):
+        run_rounds(Sites({"x": told_to_stop, "y": moves_by(1.0)}), resolved(), tmp_path, expected=["x", "y"])
+    last = read_progress(tmp_path)
+    assert last is not None
+    assert last.phase == "failed: it was stopped"
