@@ -14,6 +14,7 @@ from typing import TextIO
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from polyclinic.common.stored import read_stored
 from polyclinic.common.study import Resolved
 from polyclinic.server.checkpoints import Checkpoint
 from polyclinic.server.collect import collect
@@ -47,8 +48,12 @@ def make_app(
 
 
 def load_resolved(run_dir: Path) -> Resolved:
-    """Read a run's resolved study."""
-    return Resolved.model_validate(json.loads((run_dir / "study.json").read_text(encoding="utf-8")))
+    """Read a run's resolved study.
+
+    Raises:
+        BadInput: Another release wrote it.
+    """
+    return read_stored(run_dir / "study.json", Resolved, "use that release, or run the study anew")
 
 
 app = ServerApp()

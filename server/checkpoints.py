@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 
 from polyclinic.common.files import naming_full_disk, sync_folder, write_atomic, write_json_atomic
 from polyclinic.common.generators.base import Tensors
+from polyclinic.common.stored import read_stored
 from polyclinic.server.server_optimizer import MOMENTS
 from polyclinic.server.spool import write_tensors
 
@@ -124,7 +125,7 @@ def load_checkpoint(run_dir: Path, number: int) -> Checkpoint:
 def load_record(run_dir: Path, number: int) -> RoundRecord:
     """Read a round's record alone."""
     path = checkpoint_folder(run_dir, number) / "record.json"
-    return RoundRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    return read_stored(path, RoundRecord, "use the release that wrote it, or run the study anew")
 
 
 def load_taps(run_dir: Path, number: int) -> dict[str, Tensors]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import zipfile
@@ -25,6 +24,7 @@ from polyclinic.common.files import (
 )
 from polyclinic.common.kit import BASE_INDEX, CA, KIT, PAGES, STUDY, BaseIndex, Kit, open_kit
 from polyclinic.common.refusals import BadInput
+from polyclinic.common.stored import read_stored
 from polyclinic.common.study import CODE_VERSION, Resolved, Study
 
 if TYPE_CHECKING:
@@ -88,10 +88,11 @@ def read_run(home: Path, run: str) -> tuple[Resolved, BaseFiles]:
     run_dir = home / "runs" / run
     if not (run_dir / "study.json").exists():
         raise BadInput(f"{run_dir}: no such run any more; run `polyclinic-server provision` for its study")
-    resolved = Resolved.model_validate(json.loads((run_dir / "study.json").read_text(encoding="utf-8")))
+    again = "run `polyclinic-server provision` for its study again"
+    resolved = read_stored(run_dir / "study.json", Resolved, again)
     from polyclinic.common.generators.base import BaseFiles
 
-    files = BaseFiles.model_validate(json.loads((run_dir / "base.json").read_text(encoding="utf-8")))
+    files = read_stored(run_dir / "base.json", BaseFiles, again)
     return resolved, files
 
 

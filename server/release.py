@@ -16,6 +16,7 @@ from polyclinic.common.device import pick_device
 from polyclinic.common.files import naming_full_disk
 from polyclinic.common.generators.base import BaseFiles, Family, load_family
 from polyclinic.common.refusals import BadInput
+from polyclinic.common.stored import read_stored
 from polyclinic.common.study import Resolved
 from polyclinic.server.app import load_resolved
 from polyclinic.server.checkpoints import load_checkpoint, rounds_done
@@ -51,7 +52,7 @@ def open_generator(run_dir: Path, number: int | None) -> tuple[Resolved, Family]
         raise BadInput(f"{run_dir}: has no round {number}; its rounds are {done[0]} to {done[-1]}")
     resolved = load_resolved(run_dir)
     place = run_dir / "base.json"
-    files = BaseFiles.model_validate_json(place.read_text(encoding="utf-8"))
+    files = read_stored(place, BaseFiles, "put the right one back, or run the study anew")
     for path in files.paths:
         if not path.exists():
             raise BadInput(f"{run_dir}: its base is no longer at {path}; put it back, or correct {place}")

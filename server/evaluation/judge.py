@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from polyclinic.common.drawing import sample
 from polyclinic.common.features.efficientnet import efficientnet
 from polyclinic.common.files import naming_full_disk, write_atomic
 from polyclinic.common.generators.base import BaseFiles, Family, Tensors, load_family, named
+from polyclinic.common.stored import read_stored
 from polyclinic.common.study import Resolved
 from polyclinic.server.checkpoints import Checkpoint, load_checkpoint, rounds_done
 from polyclinic.server.evaluation.features import FeatureStore
@@ -114,7 +114,8 @@ def judgement_path(run_dir: Path, number: int) -> Path:
 def read_judgement(run_dir: Path, number: int) -> Judgement | None:
     """Read a round's judgement, if there is one."""
     path = judgement_path(run_dir, number)
-    return Judgement.model_validate(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    fix = "remove that file and run with --resume: the round is judged again"
+    return read_stored(path, Judgement, fix) if path.exists() else None
 
 
 def picture(images: Tensor, columns: int) -> Image.Image:

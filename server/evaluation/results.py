@@ -79,7 +79,8 @@ class NearCopies(Result):
     Attributes:
         found: Patients of the pretrain part under the threshold.
         n: Patients of the pretrain part.
-        images: Drawn images that are the nearest of those.
+        images: Drawn images that are the nearest of those. None where an earlier release measured: `found`
+            of `n` are then drawn images, nearer to a public one than public patients lie to each other.
         share: found / n with its interval; `groups` counts patients.
         expected: Share of the evaluate part's patients under the same threshold, by construction below alpha.
         alpha: Chance at which the threshold flags a patient whom the generator has not seen.
@@ -90,7 +91,7 @@ class NearCopies(Result):
 
     found: int
     n: int
-    images: int
+    images: int | None = None
     share: Estimate
     expected: float
     alpha: float

@@ -11,6 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from polyclinic.common.files import write_atomic
+from polyclinic.common.stored import read_stored
 from polyclinic.server.report import panels, plots, view, view_cost, view_metrics, wording
 from polyclinic.server.report.card import front_matter
 from polyclinic.server.report.cost_summary import summarise_cost
@@ -189,5 +190,9 @@ def live_page(run_dir: Path, metrics: Metrics, live: Live) -> str:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Read a `metrics.json`."""
-    return Metrics.model_validate_json(path.read_text(encoding="utf-8"))
+    """Read a `metrics.json`.
+
+    Raises:
+        BadInput: Another release wrote it.
+    """
+    return read_stored(path, Metrics, "write it again with `polyclinic-server report RUN`")

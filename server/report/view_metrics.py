@@ -121,6 +121,13 @@ def leakage_sentences(metrics: Metrics) -> list[str]:
     if not metrics.gates:
         said.append("No site has compared drawn images with its own: the study has no leakage gate.")
     for near in near_copies(metrics):
+        if near.images is None:
+            said.append(
+                f"By {near.measure}, {near.found:,} of {near.n:,} drawn images are nearer to a public image "
+                f"than public patients lie to each other: {shares(near.share)}. An earlier release measured "
+                "this; it took smooth pictures for copies."
+            )
+            continue
         said.append(
             f"By {near.measure}, to {near.found:,} of {near.n:,} public patients whom the start has seen a "
             f"drawn image comes nearer than the threshold: {shares(near.share)}. Of public patients whom it "

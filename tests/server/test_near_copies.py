@@ -94,5 +94,6 @@ def test_a_generator_that_copies_is_told_from_one_that_does_not() -> None:
     assert half.share.low is not None
     assert half.share.low > ALPHA
     assert 19 <= half.found <= 26
+    assert half.images is not None
     assert half.images >= 19
     assert all_copies.found >= 38
