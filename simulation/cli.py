@@ -30,6 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             default="in-process",
             help="who runs the sites (%(default)s)",
         )
+        if run is _compare:
+            command.add_argument(
+                "--epsilon",
+                type=float,
+                action="append",
+                default=[],
+                help="a private arm with this epsilon; may be given again (default: the study's own)",
+            )
         common_options(command)
         command.set_defaults(act=run)
     text = "write a study's public reference as a data folder of its own"
@@ -69,7 +77,14 @@ def _compare(arguments: argparse.Namespace) -> None:
     from polyclinic.simulation.compare import compare
 
     study = load_study(arguments.study)
-    page = compare(study, arguments.home, arguments.data, resume=arguments.resume, engine=arguments.engine)
+    page = compare(
+        study,
+        arguments.home,
+        arguments.data,
+        epsilons=arguments.epsilon,
+        resume=arguments.resume,
+        engine=arguments.engine,
+    )
     show(arguments, {"page": page}, f"comparison: {page}")
 
 

@@ -1,7 +1,8 @@
-"""Three arms on equal examples: pooled, federated, and federated under differential privacy."""
+"""Arms on equal examples: pooled, federated, and federated under differential privacy."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from polyclinic.server.report.comparison import write_comparison
 from polyclinic.simulation.run import simulate
 
 
-def arms(study: Study) -> list[Study]:
+def arms(study: Study, epsilons: Sequence[float] = ()) -> list[Study]:
     """Derive the arms. Every arm sees the same patients at the same rate for the same steps.
 
     Args:
         study: The private federated study.
+        epsilons: Of the private arms, one each; none: one arm with the study's own.
 
     Returns:
-        Pooled not private, federated not private, federated private.
+        Pooled not private, federated not private, and the private arms.
     """
     if study.simulation is None:
         raise BadInput(f"study {study.name}: has no [simulation] table to compare on")
@@ -27,6 +29,15 @@ def arms(study: Study) -> list[Study]:
     declared = sum(site.declared_patients for site in study.simulation.sites.values())
     site = {"declared_patients": declared}
     pooled = {"split": "pooled", "sites": {"all-sites": site}}
+    private = [
+        _derive(
+            study,
+            f"epsilon-{epsilon:g}".replace(".", "-"),
+            f"{title}: federated, epsilon {epsilon:g}",
+            privacy={"enabled": True, "epsilon": epsilon},
+        )
+        for epsilon in dict.fromkeys(epsilons)
+    ] or [_derive(study, "private", f"{title}: federated, private", privacy={"enabled": True})]
     return [
         _derive(
             study,
@@ -37,7 +48,7 @@ def arms(study: Study) -> list[Study]:
             federation={"min_sites": 1, "quorum": 0, "weights": "equal"},
         ),
         _derive(study, "federated", f"{title}: federated, not private", privacy={"enabled": False}),
-        _derive(study, "private", f"{title}: federated, private", privacy={"enabled": True}),
+        *private,
     ]
 
 
@@ -49,14 +60,22 @@ def _derive(study: Study, arm: str, title: str, **changes: dict[str, Any]) -> St
     return parse_study(values, f"{study.name}, arm {arm}")
 
 
-def compare(study: Study, home: Path, data: Path | None, *, resume: bool, engine: str) -> Path:
+def compare(
+    study: Study,
+    home: Path,
+    data: Path | None,
+    *,
+    epsilons: Sequence[float] = (),
+    resume: bool,
+    engine: str,
+) -> Path:
     """Run the arms and draw them on one page.
 
     Returns:
         The page.
     """
     results = []
-    for arm in arms(study):
+    for arm in arms(study, epsilons):
         say(f"arm {arm.name}")
         results.append(simulate(arm, home, data, resume=resume, engine=engine))
     page = home / "runs" / f"{study.name}-compare.html"
