@@ -101,7 +101,7 @@ def patient_losses(family: Family, cached: Cached) -> Tensor:
     Noise and levels are the same for everybody, so that only the image makes a difference.
     """
     device = next(family.module.parameters()).device
-    shape = family.normal_shape(cached.image)
+    shape = family.normal_shape({name: rows[[0]] for name, rows in cached.image.items()})
     generator = torch.Generator().manual_seed(0)  # public: the same draws for everybody
     normal = torch.randn(LEVELS * DRAWS, *shape, generator=generator)
     normal[:, 0] = 0.0  # the latent's mean, for families that sample it first
@@ -113,8 +113,8 @@ def patient_losses(family: Family, cached: Cached) -> Tensor:
             for image in images:
                 prompt = cached.captions[image][0]
                 views = Views(
-                    {k: _repeat(v[image]) for k, v in cached.image.items()},
-                    {k: _repeat(v[prompt]) for k, v in cached.prompt.items()},
+                    {k: _repeat(v[[image]]) for k, v in cached.image.items()},
+                    {k: _repeat(v[[prompt]]) for k, v in cached.prompt.items()},
                     normal,
                     uniform,
                 )
@@ -126,4 +126,4 @@ def patient_losses(family: Family, cached: Cached) -> Tensor:
 
 
 def _repeat(tensor: Tensor) -> Tensor:
-    return tensor.expand(LEVELS * DRAWS, *tensor.shape)
+    return tensor.expand(LEVELS * DRAWS, *tensor.shape[1:])

@@ -83,7 +83,7 @@ class Sampler:
 
     def __init__(self, family: Family, data: Cached, study: Study, random: KeyedRandom, device: str) -> None:
         self.data, self.study, self.random, self.device = data, study, random, device
-        self.shape = family.normal_shape(data.image)
+        self.shape = family.normal_shape({name: rows[[0]] for name, rows in data.image.items()})
 
     def views(self, step: int) -> Views:
         """Views `[B, K, ...]` of the patients sampled for this step; B may be 0."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,17 +46,30 @@ class Cached:
         patients: Patient ids, sorted; a patient's position here is not used for randomness.
         images: Per patient, the rows of `image` that are theirs.
         captions: Per row of `image`, the rows of `prompt` that describe it.
-        image: Cached tensors of all images, `[N, ...]`.
-        prompt: Cached tensors of all distinct captions, `[M, ...]`.
+        image: Cached tensors of all images, `[N, ...]`; those that `load_cache` gives stay on disk.
+        prompt: Cached tensors of all distinct captions, `[M, ...]`, likewise.
         empty: Row of `prompt` that holds the empty caption.
     """
 
     patients: list[str]
     images: list[list[int]]
     captions: list[list[int]]
-    image: Tensors
-    prompt: Tensors
+    image: Mapping[str, Tensor | Pieces]
+    prompt: Mapping[str, Tensor | Pieces]
     empty: int
+
+
+class Pieces:
+    """A tensor in the mapped files of its shards: a row is read when it is taken, and no sooner."""
+
+    def __init__(self, pieces: list[Tensor]) -> None:
+        self.pieces, self.ends = pieces, list(accumulate(len(piece) for piece in pieces))
+        self.shape = (self.ends[-1], *pieces[0].shape[1:])
+
+    def __getitem__(self, rows: list[int]) -> Tensor:
+        at = [bisect_right(self.ends, row) for row in rows]
+        found = [self.pieces[i][row - self.ends[i]] for i, row in zip(at, rows, strict=True)]
+        return torch.stack(found) if found else torch.empty(0, *self.shape[1:])
 
 
 def build_cache(
@@ -86,40 +101,31 @@ def build_cache(
     hashes = digests(ordered)
     pixels = partial(load_pixels, size=data.image_size, fit=data.fit)
     looked = 1 if extractor is None else 2
+    file = lambda key: folder / f"{key}.safetensors"  # noqa: E731
     with track(f"cache {folder.parent.name}", looked * len(ordered) + len(captions)) as advance:
 
         def shards(
             kind: str, by: str, names: list[str], items: list[Any], load: Loader, encode: Encoder
         ) -> list[str]:
-            size, todo = PROMPTS_A_SHARD if kind == "prompt" else IMAGES_A_SHARD, {}
+            size = PROMPTS_A_SHARD if kind == "prompt" else IMAGES_A_SHARD
             parts = [slice(start, start + size) for start in range(0, len(items), size)]
             keys = [_key(kind, f"{by}|{data.image_size}|{data.fit}", names[part]) for part in parts]
-            for key, part in zip(keys, parts, strict=True):
-                if (folder / f"{key}.safetensors").exists():
-                    advance(len(items[part]))
-                else:
-                    todo[key] = items[part]
+            todo = {key: items[part] for key, part in zip(keys, parts, strict=True) if not file(key).exists()}
+            advance(len(items) - sum(len(part) for part in todo.values()))
             # The next shard is decoded while this one is encoded.
             for key, loaded in zip(todo, spread(load, todo.values(), 1, ahead=1), strict=True):
-                _write(folder / f"{key}.safetensors", encode(loaded))
+                _write(file(key), encode(loaded))
                 advance(len(todo[key]))
             return keys
 
-        index: dict[str, Any] = {
-            "image_shards": shards("image", family.base_hash, hashes, ordered, pixels, family.encode_image),
-            "prompt_shards": shards(
-                "prompt", family.base_hash, captions, captions, list, family.encode_prompt
-            ),
-        }
+        kinds: list[tuple[str, str, list[str], list[Any], Loader, Encoder]] = [
+            ("image", family.base_hash, hashes, ordered, pixels, family.encode_image),
+            ("prompt", family.base_hash, captions, captions, list, family.encode_prompt),
+        ]
         if extractor is not None:
-            index["feature_shards"] = shards(
-                "feature",
-                extractor.weights,
-                hashes,
-                ordered,
-                pixels,
-                lambda shown: {FEATURES: extractor.extract(shown / 2 + 0.5)},
-            )
+            look: Encoder = lambda shown: {FEATURES: extractor.extract(shown / 2 + 0.5)}  # noqa: E731
+            kinds.append(("feature", extractor.weights, hashes, ordered, pixels, look))
+        index: dict[str, Any] = {f"{kind[0]}_shards": shards(*kind) for kind in kinds}
     row_of = {caption: row for row, caption in enumerate(captions)}
     index["patients"] = [record.patient for record in ordered]
     index["captions"] = [[row_of[caption] for caption in record.captions] for record in ordered]
@@ -130,7 +136,7 @@ def build_cache(
 
 
 def load_cache(folder: Path, name: str) -> Cached:
-    """Read a cache into memory.
+    """Open a cache; its shards are mapped into memory, not read.
 
     Raises:
         Refusal: `site-not-ready` where the index or a shard is missing.
@@ -174,11 +180,11 @@ def _write(path: Path, tensors: Tensors) -> None:
     write_atomic(path, save(whole), mode=0o600)
 
 
-def _read(folder: Path, keys: list[str]) -> Tensors:
-    parts: list[dict[str, Tensor]] = []
+def _read(folder: Path, keys: list[str]) -> dict[str, Pieces]:
+    parts: list[Tensors] = []
     for key in keys:
         path = folder / f"{key}.safetensors"
         if not path.exists():
             raise Refusal("site-not-ready", f"cache shard {path} is missing")
         parts.append(load_file(str(path)))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: Pieces([part[name] for part in parts]) for name in parts[0]}

@@ -7,7 +7,7 @@ the same image are several captions of that image. Hugging Face `imagefolder` me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +60,7 @@ def read(folder: Path, data: DataSettings, key: bytes | None) -> Table:
     return assemble(_rows(path, rows, names, data.unit), folder, [path])
 
 
-def _rows(path: Path, rows: list[tuple[int, Cells]], names: dict[str, str], unit: str) -> Iterator[Row]:
+def _rows(path: Path, rows: Iterable[tuple[int, Cells]], names: dict[str, str], unit: str) -> Iterator[Row]:
     for number, cells in rows:
         row = {names.get(name, name): cell for name, cell in cells.items()}
         image = row.get("image", "")

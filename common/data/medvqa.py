@@ -48,8 +48,9 @@ def read(folder: Path, data: DataSettings, key: bytes | None) -> Table:
         BadInput: `prompt-gt.csv` is missing or has other columns.
     """
     (path,) = files(folder, data)
-    columns, rows = read_rows(path, delimiter=";")
+    columns, read_once = read_rows(path, delimiter=";")
     need_columns(path, columns, "Prompt", "Filename")
+    rows = list(read_once)
     prompts: dict[str, list[str]] = {}
     for _, row in rows:
         prompts.setdefault(row["Filename"], []).append(row["Prompt"])

@@ -42,13 +42,18 @@ def read(folder: Path, data: DataSettings, key: bytes | None) -> Table:
     columns, rows = read_rows(path)
     need_columns(path, columns, *COLUMNS)
     at = {file.name: str(file.relative_to(folder)) for file in sorted(folder.rglob("*.png"))}
-    kept = [(number, row) for number, row in rows if row["Image Index"] in at or not row["Image Index"]]
+    kept: list[tuple[int, Cells]] = []
+    absent = 0
+    for number, row in rows:
+        if row["Image Index"] in at or not row["Image Index"]:
+            kept.append((number, row))
+        else:
+            absent += 1
     if not kept:
         raise BadInput(f"{folder}: none of the images of {path.name} is in it; unpack an archive there")
     table = assemble(_rows(path, kept, at), folder, [path])
-    absent = len(rows) - len(kept)
     if absent:
-        what = f"{absent} of {len(rows)} rows name images that are not there"
+        what = f"{absent} of {absent + len(kept)} rows name images that are not there"
         fix = "nothing, unless they should be"
         return Table(
             table.records,

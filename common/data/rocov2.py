@@ -60,16 +60,17 @@ def read(folder: Path, data: DataSettings, key: bytes | None) -> Table:
     return assemble(_parquet_rows(tables, folder), folder, tables)
 
 
-def _concepts(paths: list[Path]) -> dict[str, list[str]]:
+def _concepts(paths: list[Path]) -> dict[str, str]:
+    """Modality of each image whose concepts are known."""
     found = {}
     for path in paths:
         columns, rows = read_rows(path)
         need_columns(path, columns, "ID", "CUIs")
-        found.update({row["ID"]: row["CUIs"].split(";") for _, row in rows})
+        found.update({row["ID"]: _modality(row["CUIs"].split(";")) for _, row in rows})
     return found
 
 
-def _csv_rows(tables: list[Path], concepts: dict[str, list[str]]) -> Iterator[Row]:
+def _csv_rows(tables: list[Path], modalities: dict[str, str]) -> Iterator[Row]:
     for path in tables:
         split = path.name.removesuffix("_captions.csv")
         columns, rows = read_rows(path)
@@ -77,7 +78,7 @@ def _csv_rows(tables: list[Path], concepts: dict[str, list[str]]) -> Iterator[Ro
         for number, row in rows:
             image = row["ID"]
             at = f"{split}_images/{image}.jpg" if image else ""
-            labels = _labels(split, concepts.get(image, []))
+            labels = _labels(split, modalities.get(image, ""))
             yield Row(f"{path}, row {number}", at, row["Caption"], image, "", labels)
 
 
@@ -87,7 +88,7 @@ def _parquet_rows(parts: list[Path], folder: Path) -> Iterator[Row]:
         split = path.name.split("-")[0]
         for number, row in enumerate(read_columns(path, *names)):
             image = str(row["image_id"] or "").strip()
-            labels = _labels(split, _list(row.get("cui")))
+            labels = _labels(split, _modality(_list(row.get("cui"))))
             caption = str(row["caption"] or "").strip()
             at = str(path.relative_to(folder))
             yield Row(f"{path}, row {number}", at, caption, image, "", labels, str(number))
@@ -99,8 +100,12 @@ def _list(value: Any) -> list[str]:
     )
 
 
-def _labels(split: str, concepts: list[str]) -> dict[str, str]:
+def _modality(concepts: list[str]) -> str:
     """Where an image's concepts are known and none is a modality, it is `other`: a split needs a value."""
     named = next((MODALITIES[cui.strip()] for cui in concepts if cui.strip() in MODALITIES), "")
-    named = named or ("other" if any(cui.strip() for cui in concepts) else "")
-    return {"split": "valid" if split == "validation" else split} | ({"modality": named} if named else {})
+    return named or ("other" if any(cui.strip() for cui in concepts) else "")
+
+
+def _labels(split: str, modality: str) -> dict[str, str]:
+    named = {"modality": modality} if modality else {}
+    return {"split": "valid" if split == "validation" else split} | named

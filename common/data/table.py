@@ -128,8 +128,7 @@ def assemble(rows: Iterable[Row], folder: Path, files: list[Path]) -> Table:
     """
     source = str(files[0]) if files else str(folder)
     inside = folder.resolve()
-    captions: dict[tuple[Path, str], list[str]] = {}
-    first: dict[tuple[Path, str], Row] = {}
+    found: dict[tuple[Path, str], tuple[Row, list[str]]] = {}
     problems: list[Problem] = []
     seen = False
     for row in rows:
@@ -155,19 +154,21 @@ def assemble(rows: Iterable[Row], folder: Path, files: list[Path]) -> Table:
         if path is None:
             problems.append(_missing(row, folder))
             continue
-        known = first.setdefault((path, row.part), row)
+        known, captions = found.setdefault((path, row.part), (row, []))
         if known.patient != row.patient:
             what = f"image {row.image} belongs to patients {known.patient} and {row.patient}"
             problems.append(Problem("two-patients", row.where, what, "an image has one patient", row.image))
         elif known.site != row.site:
             what = f"image {row.image} is on two sites, {known.site} and {row.site}"
             problems.append(Problem("two-sites", row.where, what, "give each patient one site", row.image))
-        captions.setdefault((path, row.part), []).append(row.caption)
+        captions.append(row.caption)
     if not seen:
         raise BadInput(f"{source}: has no rows; add at least one image")
     records: list[Record] = []
     exists: dict[Path, bool] = {}
-    for (path, part), row in first.items():
+    shared: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
+    for path, part in list(found):
+        row, captions = found.pop((path, part))
         if path not in exists:
             exists[path] = path.is_file()
         if not exists[path]:
@@ -179,8 +180,9 @@ def assemble(rows: Iterable[Row], folder: Path, files: list[Path]) -> Table:
             what = f"the patient of {row.image} is empty"
             problems.append(Problem("empty-patient", row.where, what, "fill it in", row.image))
         else:
-            texts = tuple(captions[path, part])
-            records.append(Record(row.patient, path, texts, row.site or None, row.labels, part))
+            # Many images have the same labels: one dictionary for all of them.
+            labels = shared.setdefault(tuple(row.labels.items()), row.labels)
+            records.append(Record(row.patient, path, tuple(captions), row.site or None, labels, part))
     return Table(records, problems + _two_sites(records, source), files)
 
 

@@ -68,12 +68,12 @@ def test_views_show_only_the_patients_own_images_and_captions(cached: Cached) ->
             for view in range(4):
                 mean = views.image["mean"][place, view]
                 row = next(
-                    r for r in range(len(cached.captions)) if torch.equal(cached.image["mean"][r], mean)
+                    r for r in range(len(cached.captions)) if torch.equal(cached.image["mean"][[r]][0], mean)
                 )
                 assert row in cached.images[position]
-                assert torch.equal(views.image["std"][place, view], cached.image["std"][row])
+                assert torch.equal(views.image["std"][place, view], cached.image["std"][[row]][0])
                 shown = views.prompt["states"][place, view]
-                assert any(torch.equal(cached.prompt["states"][c], shown) for c in cached.captions[row])
+                assert any(torch.equal(cached.prompt["states"][[c]][0], shown) for c in cached.captions[row])
                 seen[place].add(row)
     assert [sorted(rows) for rows in seen] == [cached.images[position] for position in chosen]
 
@@ -86,7 +86,7 @@ def test_views_of_a_patient_differ_and_dropout_has_its_rate(cached: Cached) -> N
         assert views.normal.shape == (12, 3, *SHAPE)
         assert len(torch.unique(views.uniform)) == 36
         assert not torch.equal(views.normal[0, 0], views.normal[0, 1])
-        empty = (views.prompt["states"] == cached.prompt["states"][0]).flatten(2).all(2)
+        empty = (views.prompt["states"] == cached.prompt["states"][[0]]).flatten(2).all(2)
         dropped, total = dropped + int(empty.sum()), total + 36
         uniforms.append(views.uniform.flatten())
     assert abs(dropped / total - 0.3) < 5 * np.sqrt(0.21 / total)
