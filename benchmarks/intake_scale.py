@@ -13,6 +13,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -64,7 +65,7 @@ CACHE = """
 import sys
 from pathlib import Path
 from diffusers import AutoencoderKL
-from polyclinic.common.data.cache import build_cache
+from polyclinic.common.data.cache import build_cache, load_cache
 from polyclinic.common.data.sources import read_records
 from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.generators.msdm import Msdm
@@ -75,7 +76,13 @@ if not (work / "vae").exists():
                   block_out_channels=(16,) * 4, latent_channels=8, norm_num_groups=16,
                   ).save_pretrained(work / "vae")
 family = Msdm(GeneratorSettings(size="msdm-tiny", max_tokens=8), 32, work / "vae")
-build_cache(read_records(data, Path(sys.argv[1])), family, data, work / "cache")
+name = build_cache(read_records(data, Path(sys.argv[1])), family, data, work / "cache")
+print("memory", *(line for line in open("/proc/self/status") if line.startswith("RssAnon")))
+loaded = load_cache(work / "cache", name)
+for step in range(100):
+    for tensor in (*loaded.image.values(), *loaded.prompt.values()):
+        tensor[[(step * 8191 + 257 * i) % tensor.shape[0] for i in range(64)]]
+print("memory", *(line for line in open("/proc/self/status") if line.startswith("RssAnon")))
 """
 Sample = tuple[float, int, float, float]
 
@@ -200,7 +207,7 @@ def main() -> None:
             "rocov2",
             "--home",
         ]
-        command += [str(home), "--json"]
+        command += [str(home), "--json", "--fix"]
         _, samples, seconds = watched(command, partial(looks, home), images // 2, work / "killed.log")
         kept = looks(home)
         code, more, rest = watched(command, partial(looks, home), None, work / "check.log")
@@ -213,6 +220,11 @@ def main() -> None:
             f"{images / (seconds + rest):.0f} images/s; peak {max(s[2] for s in more):.0f} MB\n",
             [(row["code"], row["count"]) for row in facts["findings"]],
             flush=True,
+        )
+        command[3], command = "snapshot", command[:-1]
+        code, more, seconds = watched(command, lambda: 1, None, work / "snapshot.log")
+        print(
+            f"snapshot: {seconds:.0f} s, exit code {code}, peak {max(s[2] for s in more):.0f} MB", flush=True
         )
     if arguments.only != "check":
         cache = work / "cache"
@@ -228,7 +240,9 @@ def main() -> None:
         show("cache (shards of 64 images, then of 256 captions)", [*samples, *more], 2 * images)
         print(
             f"\nkilled at {len(before):,} shards after {seconds:.0f} s; {same:,} of them untouched after the "
-            f"second run of {rest:.0f} s, exit code {code}; peak {max(s[2] for s in more):.0f} MB"
+            f"second run of {rest:.0f} s, exit code {code}; peak {max(s[2] for s in more):.0f} MB; at its "
+            "end, and after 6,400 views were taken from the cache:",
+            re.findall(r"RssAnon:\s+(\d+ kB)", (work / "cache.log").read_text()),
         )
 
 
