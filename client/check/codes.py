@@ -84,6 +84,11 @@ CODES: dict[str, Code] = {
         "a person compares them and corrects the table; never resolved automatically",
         True,
     ),
+    "near-duplicates-cut": Code(
+        "note",
+        "so many images resemble this one that it was compared with its nearest alone",
+        "nothing; nearly the same pictures may be missing above, equal ones are not",
+    ),
     # Captions.
     "caption-too-long": Code(
         "warning", "longer than the text encoder reads", "shorten it: the end is cut off"

@@ -168,8 +168,11 @@ def _find_duplicates(records: list[Record], seen: Seen, findings: Findings) -> N
     known = {place: number for number, group in enumerate(equal) for place in group}
     with track("compare images", 1) as advance:
         places, hashes, fine = seen.comparable()
-        near = [[int(places[i]) for i in group] for group in nearly_same(hashes, fine)]
+        found = nearly_same(hashes, fine)
+        near = [[int(places[i]) for i in group] for group in found.groups]
         advance()
+    for place in places[found.cut]:
+        findings.add("near-duplicates-cut", records[place].name, "compared with its nearest alone")
     # A group of equal pictures has been said already.
     near = [group for group in near if len({known.get(place, -1 - place) for place in group}) > 1]
     _say(records, near, "near-duplicate", findings)
