@@ -23,8 +23,8 @@ import numpy as np
 BITS = 6
 BANDS = 7
 ALIKE = 0.9
-BLOCK, WIDE = 256, 4096
-MOST = 256
+BLOCK, WIDE = 256, 16384
+MOST = 1024
 Pairs = tuple[np.ndarray, np.ndarray]
 
 
