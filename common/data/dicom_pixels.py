@@ -25,6 +25,8 @@ from polyclinic.common.refusals import BadInput
 MISSING = "{path}: reading DICOM needs pydicom; install it with `pip install polyclinic[dicom]`"
 DEFLATED = "1.2.840.10008.1.2.1.99"
 MAX_INFLATED = 512 << 20
+MAX_FRAMES = 1_000_000  # twice the tiles of a large whole-slide image
+LEAST_FRAME = 32  # bytes of a compressed frame: its item's head and some of its decoder's
 PLANES = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _TAKE_OUT = "take it out of the folder"
 _REPLACE = "replace the file or take it out of the folder"
@@ -118,7 +120,22 @@ def frames_of(header: Any, path: Path) -> int:
         what = f"{rows} rows, {columns} columns, {frames} frames"
         raise UnusableImage(name, "unreadable", f"unreadable image ({what})", _REPLACE)
     check_size(name, columns, rows)
+    if frames > MAX_FRAMES:
+        what = f"{frames} frames, more than {MAX_FRAMES}"
+        raise UnusableImage(name, "too-large", what, "make several files of it")
+    # Each becomes a row of the table: a header that lies would fill the memory with them.
+    if syntax != DEFLATED and frames > 1 and frames * _least(header, syntax) > path.stat().st_size:
+        what = f"{frames} frames are promised, more than the file has room for"
+        raise UnusableImage(name, "damaged", what, _REPLACE)
     return frames
+
+
+def _least(header: Any, syntax: Any) -> int:
+    """Bytes that a frame takes at least; half of a native one's, which may leave out every second colour."""
+    if syntax is not None and syntax.is_encapsulated:
+        return LEAST_FRAME
+    bits = int(header.get("BitsAllocated") or 1) * int(header.get("SamplesPerPixel") or 1)
+    return int(header.Rows) * int(header.Columns) * bits // 16
 
 
 def _kind(header: Any) -> str:
@@ -220,6 +237,8 @@ def _gray(pixels: np.ndarray, header: Any, frame: int) -> np.ndarray:
 
     told = _for_frame(header, frame)
     values = apply_modality_lut(pixels, told)
+    if not np.isfinite(values).any():
+        raise ValueError("no pixel has a finite value after the rescale")
     if told.get("VOILUTSequence"):
         table = apply_voi(np.rint(values).astype(np.int64), told)
         gray = table.astype(np.float64) / (2 ** int(told.VOILUTSequence[0].LUTDescriptor[2]) - 1)

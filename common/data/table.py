@@ -10,11 +10,15 @@ cannot be read as a whole is a `BadInput`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from polyclinic.common.refusals import BadInput
+
+# Halves of a character, which JSON can write and no text encoder reads; `check` finds what takes their place.
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,9 @@ def assemble(rows: Iterable[Row], folder: Path, files: list[Path]) -> Table:
     seen = False
     for row in rows:
         seen = True
+        if _HALF.search(row.caption + row.patient + row.site):
+            caption, patient, site = (_HALF.sub("\ufffd", t) for t in (row.caption, row.patient, row.site))
+            row = replace(row, caption=caption, patient=patient, site=site)
         if not row.image:
             problems.append(
                 Problem("empty-image", row.where, "the image is empty", "name its file or remove the row")

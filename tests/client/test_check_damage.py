@@ -1,7 +1,9 @@
 """Damaged input of every kind: a clear finding each time, no crash, originals untouched, memory bounded."""
 
+import gzip
 import hashlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -14,15 +16,18 @@ import pytest
 from polyclinic.client.check.codes import CODES
 from polyclinic.client.check.preflight import preflight
 from polyclinic.client.check.worker import MEMORY
+from polyclinic.client.intake import make_snapshot
 from polyclinic.common.data.images import UnusableImage, open_image
 from polyclinic.common.data.sources import read_records
 from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.settings import DataSettings
 from tests.client.damaged import DICOMS, IMAGES, gray
+from tests.client.odd import ODD, ODD_DICOMS
 from tests.common.made_sets import draw, write_dicom
 
 GENERATOR = GeneratorSettings()
+ALL, ALL_DICOMS = IMAGES | ODD, DICOMS | ODD_DICOMS
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -48,7 +53,7 @@ def spoiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], P
     folder = tmp_path_factory.mktemp("spoiled") / "data"
     folder.mkdir()
     rows = ["image,caption,patient"]
-    for number, (name, (suffix, make, _)) in enumerate(IMAGES.items()):
+    for number, (name, (suffix, make, _)) in enumerate(ALL.items()):
         path = folder / f"{name.replace(' ', '-').replace(',', '')}{suffix}"
         make(path)
         rows.append(f"{path.name},a picture,p{number}")
@@ -63,10 +68,10 @@ def spoiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], P
     return facts, home
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", ALL)
 def test_damaged_image(name: str, spoiled: tuple[dict[str, Any], Path]) -> None:
     facts, _ = spoiled
-    suffix, _, code = IMAGES[name]
+    suffix, _, code = ALL[name]
     image = f"{name.replace(' ', '-').replace(',', '')}{suffix}"
     aside = [json.loads(line) for line in Path(facts["quarantine_list"]).read_text().splitlines()]
     kept = [json.loads(line)["image"] for line in Path(facts["accepted_list"]).read_text().splitlines()]
@@ -86,9 +91,9 @@ def test_good_images_stay_and_every_finding_has_a_remedy(spoiled: tuple[dict[str
     assert (home / "data").stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("name", DICOMS)
+@pytest.mark.parametrize("name", ALL_DICOMS)
 def test_damaged_dicom(name: str, tmp_path: Path, dicoms: dict[str, set[str]]) -> None:
-    _, code = DICOMS[name]
+    _, code = ALL_DICOMS[name]
     # The films all carry a name, and several show the same picture.
     expected = {code} - {""}
     assert {c for c in dicoms[name] if "duplicate" not in c} - {"dicom-identifiers"} == expected
@@ -100,7 +105,7 @@ def dicoms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     folder = tmp_path_factory.mktemp("dicoms") / "data"
     folder.mkdir()
     at = {}
-    for number, (name, (make, _)) in enumerate(DICOMS.items()):
+    for number, (name, (make, _)) in enumerate(ALL_DICOMS.items()):
         at[name] = f"file{number:02d}.dcm"
         make(folder / at[name])
     write_dicom(folder / "good.dcm", gray(), PatientID="x")
@@ -132,6 +137,18 @@ TABLES: dict[str, tuple[bytes, str]] = {
     "an endless name": (HEAD.encode() + b"a" * 5000 + b".png,x,p\n", "caption without its image"),
     "a way out": (HEAD.encode() + b"../outside.png,x,p\n", "lies outside"),
     "an absolute path": (HEAD.encode() + b"/etc/passwd,x,p\n", "lies outside"),
+    "quoted CRLF": (HEAD.encode() + b'a.png,"one\r\ntwo",p\r\n', ""),
+    "cells too many": (HEAD.encode() + b"a.png,x,p,more,and more\n", ""),
+    "cells too few": (HEAD.encode() + b"a.png,x\n", "the patient of a.png is empty"),
+    "one quote too many": (HEAD.encode() + b'a.png,"x,p\nb.png,y,q\n', "the patient of a.png is empty"),
+    "line ends of old Macintoshes": (HEAD.replace("\n", "\r").encode() + b"a.png,x,p\r", ""),
+    "a name in decomposed letters": (
+        HEAD.encode() + "a\u0308.png,x,p\n".encode(),
+        "caption without its image",
+    ),
+    "a name in other case": (HEAD.encode() + b"A.png,x,p\n", "caption without its image"),
+    "a table in gzip": (gzip.compress(HEAD.encode() + b"a.png,x,p\n"), "not UTF-8 text"),
+    "NUL bytes": (HEAD.encode() + b"a.png,x,p\n" + bytes(4096), "NUL"),
     "a binary file": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4, "not UTF-8 text"),
 }  # fmt: skip
 
@@ -142,6 +159,7 @@ def test_damaged_table(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     draw(1).save(folder / "a.png")
+    draw(3).save(folder / "\u00e4.png")
     data, words = TABLES[name]
     (folder / "images.csv").write_bytes(data)
     before = contents(folder)
@@ -153,7 +171,57 @@ def test_damaged_table(name: str, tmp_path: Path) -> None:
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("damage", ["cut", "noise", "no image column", "empty image"])
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"image": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not JSON"),
+        (b'{"image": "a.png", "caption": "x", "patient": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b'{"image": "a.png", "caption": "x", "patient": null}', "the patient of a.png is empty"),
+        (b'{"image": "a.png", "caption": "\\ud800", "patient": "p"}', ""),
+        (b'["a.png", "x", "p"]', "not a JSON object"),
+    ],
+)
+def test_damaged_json_lines(line: bytes, words: str, tmp_path: Path) -> None:
+    draw(1).save(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_bytes(line + b"\n")
+    data = DataSettings(table="rows.jsonl")
+    if words:
+        with pytest.raises(BadInput, match=words):
+            read_records(data, tmp_path)
+    else:
+        facts = preflight(tmp_path / "home", tmp_path, data, GENERATOR, fix=True)
+        assert {row["code"] for row in facts["findings"]} >= {"caption-encoding"}
+
+
+def test_a_file_that_grows_while_it_is_read_stops_the_snapshot(tmp_path: Path) -> None:
+    folder, home = tmp_path / "data", tmp_path / "home"
+    folder.mkdir()
+    for number in range(12):
+        draw(number).save(folder / f"{number}.png")
+    (folder / "images.csv").write_text(HEAD + "".join(f"{n}.png,x,p{n}\n" for n in range(12)))
+    grow = "import sys\nwhile True:\n    open(sys.argv[1], 'ab').write(bytes(64))"
+    with subprocess.Popen([sys.executable, "-c", grow, str(folder / "5.png")]) as writer:
+        try:
+            facts = preflight(home, folder, DataSettings(image_size=32), GENERATOR, fix=True)
+            with pytest.raises(BadInput, match=r"5\.png: changed since it was checked"):
+                make_snapshot(home, DataSettings(image_size=32), folder)
+        finally:
+            writer.kill()
+    assert facts["accepted"] == 12
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_this_user_may_not_read_is_a_finding(tmp_path: Path) -> None:
+    draw(1).save(tmp_path / "a.png")
+    draw(2).save(tmp_path / "b.png")
+    (tmp_path / "a.png").chmod(0)
+    (tmp_path / "images.csv").write_text(HEAD + "a.png,x,p\nb.png,x,q\n")
+    facts = preflight(tmp_path / "home", tmp_path, DataSettings(image_size=32), GENERATOR, fix=True)
+    assert {row["code"]: row["count"] for row in facts["findings"]}["unreadable"] == 1
+    assert facts["accepted"] == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "half", "noise", "no image column", "empty image"])
 def test_damaged_parquet(damage: str, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -163,8 +231,9 @@ def test_damaged_parquet(damage: str, tmp_path: Path) -> None:
     data = rocov2_parquet(tmp_path / "d")
     path = tmp_path / "d" / "data" / "train-00000-of-00001.parquet"
     rows = pq.read_table(path).to_pylist()
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-100])
+    if damage in ("cut", "half"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if damage == "half" else whole[:-100])
     elif damage == "noise":
         path.write_bytes(b"PAR1" + bytes(1000) + b"PAR1")
     else:
