@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -40,31 +41,19 @@ Work = Callable[[Path, Callable[[], bool]], RecordDict]
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Answer a round, or refuse with a code."""
-
-    def work(home: Path, ready: Callable[[], bool]) -> RecordDict:
-        return reply_records(answer_round(home, *read_order(message.content), in_time=ready))
-
-    return answer(message, context, work)
+    return stored(message, context, read_order, answer_round, reply_records)
 
 
 @app.query("release")
 def release(message: Message, context: Context) -> Message:
     """Answer a question for an extra release, or refuse with a code."""
-
-    def work(home: Path, ready: Callable[[], bool]) -> RecordDict:
-        return release_records(answer_release(home, read_release_order(message.content), in_time=ready))
-
-    return answer(message, context, work)
+    return stored(message, context, lambda x: (read_release_order(x),), answer_release, release_records)
 
 
 @app.query("final")
 def final(message: Message, context: Context) -> Message:
     """Keep the final generator for the leakage gate, or refuse with a code."""
-
-    def work(home: Path, ready: Callable[[], bool]) -> RecordDict:
-        return release_records(receive_final(home, *read_order(message.content), in_time=ready))
-
-    return answer(message, context, work)
+    return stored(message, context, read_order, receive_final, release_records)
 
 
 @app.query("idle")
@@ -76,6 +65,17 @@ def idle(message: Message, context: Context) -> Message:
             return RecordDict()
 
     return answer(message, context, work)
+
+
+def stored(
+    message: Message,
+    context: Context,
+    read: Callable[[RecordDict], tuple[Any, ...]],
+    act: Callable[..., bytes],
+    pack: Callable[[bytes], RecordDict],
+) -> Message:
+    """Read what is asked, act on it, and send what was stored for it, and nothing else."""
+    return answer(message, context, lambda home, go: pack(act(home, *read(message.content), in_time=go)))
 
 
 def answer(message: Message, context: Context, work: Work) -> Message:

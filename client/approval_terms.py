@@ -21,8 +21,9 @@ from polyclinic.common.generators.base import BaseFiles, Tensors, load_family, t
 from polyclinic.common.generators.checkpoint import licence
 from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.refusals import Refusal
+from polyclinic.common.rounding import SCALE
 from polyclinic.common.study import Resolved, Study, differences
-from polyclinic.common.wire import DIFFERENCE, FACTS, HASHES, SCALE, SUM, TAP, ReleaseFacts, ReplyFacts
+from polyclinic.common.wire import DIFFERENCE, FACTS, HASHES, SUM, TAP, ReleaseFacts, ReplyFacts
 
 WIDTH = 100
 _BYTES = {"fp32": 4, "bf16": 2, "int8": 1}

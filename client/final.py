@@ -7,6 +7,7 @@ the coordinator hands out; so the hash stands in what the site says, and anybody
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save
@@ -60,7 +61,7 @@ def receive_final(
     if hash_state(load_final(home, approval)) != model:
         raise Refusal("final-already-given", str(path))
     spent = Ledger(home, inspect(home)[0]).epsilon(approval.id)
-    return pack_release(None, release_facts(approval, FINAL, 0.0, model=model, spent=spent))
+    return pack_release(None, replace(release_facts(approval, FINAL, 0.0, model=model), epsilon=spent))
 
 
 def load_final(home: Path, approval: Approval) -> Tensors:

@@ -1,18 +1,11 @@
 """The privacy ledger: one append-only, hash-chained file for a site's whole patient population.
 
-A line has the fields that `common/chain.py` says, and its kind's own. Kinds:
+docs/ledger.md has the format, line by line. `round` is a number, or the name of an extra release, which is
+answered, once, in the same way. What people do between rounds is in `ledger_books.py`.
 
-* `open`: the ledger's birth: site name, whether it is a simulation's.
-* `reserve`: before training: approval, round, hash of the incoming state, sigma, rate, steps, tau.
-* `settle`: the reply is stored: approval, round, hash of the stored bytes.
-* `spent`: the process itself saw its attempt fail; the reservation counts as used.
-* `earmark`, `tap`, `close`, `anchor`: what people do between rounds (`ledger_books.py`).
-
-`round` is a number, or the name of an extra release, which is answered, once, in the same way.
-
-Order of a round: reserve + fsync -> train -> store the reply in one rename -> settle + fsync ->
-first byte sent. A second file, `ledger.head`, holds sequence and hash of the last line: an anchor
-against lost lines. A torn last line is set aside and named. docs/ledger.md has the format in full.
+Order of a round (PRIVACY.md, rule 9): reserve + fsync -> train -> store the reply in one rename ->
+settle + fsync -> first byte sent. A second file, `ledger.head`, holds sequence and hash of the last line: an
+anchor against lost lines. A torn last line is set aside and named.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a site says beside its rounds, once a study: a noisy sum of image features, and a person's word.
 
-In the order of any round (`ledger.py`): reserve + fsync -> compute -> store -> settle + fsync -> first byte
-sent. Asked again: the stored bytes.
+In the order of any round (`ledger.py`). Asked again: the stored bytes.
 """
 
 from __future__ import annotations
@@ -153,7 +152,7 @@ def _word_path(ledger: Ledger, approval: Approval) -> Path:
 
 
 def release_facts(
-    approval: Approval, release: str, bound: float, *, verdict: str = "", model: str = "", spent: float = 0.0
+    approval: Approval, release: str, bound: float, *, verdict: str = "", model: str = ""
 ) -> ReleaseFacts:
     """Say what leaves with an extra release; without a sum, `release` is not one of the approval's."""
     resolved, charged = approval.resolved, release in approval.releases
@@ -164,7 +163,7 @@ def release_facts(
         sigma=approval.releases.get(release, 0.0),
         bound=bound if charged else 0.0,
         tau=TAU if charged and resolved.study.privacy.enabled else 0.0,
-        epsilon=spent,
+        epsilon=0.0,
         delta=resolved.study.privacy.delta,
         code_version=CODE_VERSION,
         study_hash=resolved.hash,

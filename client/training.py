@@ -1,7 +1,6 @@
 """A round at a site: policy, ledger and stored reply around the common training loop.
 
-Order (PRIVACY.md, rule 9): reserve + fsync -> train -> store the reply whole in one rename ->
-settle + fsync -> first byte sent. Asked again with the same round and state: the stored bytes.
+In the order of `ledger.py`. Asked again with the same round and state: the stored bytes.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ import torch
 from polyclinic.client.approval import Approval, require_approval
 from polyclinic.client.ledger import Ledger, open_ledger
 from polyclinic.client.policy import check_noise
+from polyclinic.client.residual import last_residual
 from polyclinic.common.adapters import freeze, narrow
 from polyclinic.common.chain import Line
 from polyclinic.common.cost import Meter, append_cost, view_flops
 from polyclinic.common.data.cache import Cached, load_cache
 from polyclinic.common.device import pick_device
-from polyclinic.common.files import sha256_file
 from polyclinic.common.generators.base import (
     Family,
     Tensors,
@@ -36,8 +35,8 @@ from polyclinic.common.refusals import Refusal
 from polyclinic.common.selftest import self_test
 from polyclinic.common.settings import Transport
 from polyclinic.common.study import CODE_VERSION
-from polyclinic.common.training import PrivateEngine, StepEngine, train
-from polyclinic.common.wire import ReplyFacts, pack_reply, unpack_residual
+from polyclinic.common.training import PrivateEngine, train
+from polyclinic.common.wire import ReplyFacts, pack_reply
 from polyclinic.common.wire_reading import RoundOrder, check_like
 
 # Approvals whose self-test this process has passed: once at start-up is enough.
@@ -86,7 +85,7 @@ def answer_round(
         load_trainable_state(family.module, state)
         freeze(family.module, study.federation.lora_aggregation, order.round)
         data = load_cache(home / "cache", approval.cache_index)  # refuses before anything is spent
-        residual = _residual(ledger, approval, order.round)
+        residual = last_residual(ledger, approval, order.round)
         steps = study.training.steps_per_round
         margin = tau(study.privacy.engine, family.dtype) if study.privacy.enabled else 0.0
         flops = float(view_flops(family) * study.privacy.views * approval.divisor * steps)
@@ -112,24 +111,6 @@ def answer_round(
         return reply
 
 
-def _residual(ledger: Ledger, approval: Approval, round_number: int) -> Tensors:
-    """What rounding lost in the reply to the last settled round that moved these tensors; else nothing.
-
-    Stacking gives the factors another basis after each round: what was lost of the old ones is no part of it.
-    """
-    federation = approval.resolved.study.federation
-    turns = 2 if federation.lora_aggregation == "alternate" else 1
-    before = range(round_number - turns, 0, -turns)
-    settled = [line for line in ledger.of(approval.id, "settle") if line["round"] in before]
-    if federation.transport != "int8" or federation.lora_aggregation == "stack" or not settled:
-        return {}
-    last = max(settled, key=lambda line: int(line["round"]))
-    path = ledger.reply_path(approval.id, last["round"])
-    if not path.exists() or sha256_file(path) != last["reply"]:
-        raise Refusal("reply-broken", str(path))
-    return unpack_residual(path.read_bytes())
-
-
 def _train(
     approval: Approval, round_number: int, state: Tensors, family: Family, data: Cached, device: str
 ) -> tuple[Tensors, Tensors]:
@@ -137,7 +118,7 @@ def _train(
     study = approval.resolved.study
     random = KeyedRandom.for_attempt(study.training.test_key, approval.site, round_number)
     privacy, tap = study.privacy, None
-    engine: StepEngine
+    engine: PrivateEngine | PlainEngine
     if privacy.enabled:
         if privacy.canaries:
             rate, clip, margin = privacy.sampling_rate, privacy.clip, tau(privacy.engine, family.dtype)
@@ -155,7 +136,7 @@ def _train(
     else:
         engine = PlainEngine(family, data, study, random, device=device)
     steps = study.training.steps_per_round
-    train(engine, (round_number - 1) * steps, steps, f"round {round_number} {approval.site}")
+    train(engine.step, (round_number - 1) * steps, steps, f"round {round_number} {approval.site}")
     moved = {name: tensor - state[name] for name, tensor in trainable_state(family.module).items()}
     return moved, tap.released(last=round_number == study.training.rounds) if tap else {}
 

@@ -6,9 +6,10 @@ import torch
 
 from polyclinic.common.data.cache import Cached
 from polyclinic.common.generators.base import Family, Views, trainable
+from polyclinic.common.optimizer import Proximal, adamw, set_rate
 from polyclinic.common.privacy.random import KeyedRandom
 from polyclinic.common.study import Study
-from polyclinic.common.training import Proximal, Sampler, adamw, set_rate
+from polyclinic.common.training import Sampler
 
 
 class PlainEngine:

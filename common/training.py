@@ -7,8 +7,7 @@ clipped sum and our noise source. Where a site's own policy allows training with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -16,20 +15,13 @@ from torch import Tensor
 
 from polyclinic.common.data.cache import Cached
 from polyclinic.common.generators.base import Family, Tensors, Views, trainable
+from polyclinic.common.optimizer import Proximal, adamw, set_rate
 from polyclinic.common.privacy.clipping import ENGINES
 from polyclinic.common.privacy.random import DeviceNoise, KeyedRandom, StepNoise
 from polyclinic.common.privacy.tap import SUM, Tap
 from polyclinic.common.privacy.views import draw_views, poisson_sample
 from polyclinic.common.progress import track
 from polyclinic.common.study import Study
-
-
-class StepEngine(Protocol):
-    """Takes one step of training."""
-
-    def step(self, step: int) -> None:
-        """Take the step with this global number."""
-        ...
 
 
 class PatientDPOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -101,38 +93,6 @@ class Sampler:
         return Views.of({name: tensor.to(self.device) for name, tensor in views.tensors().items()})
 
 
-def adamw(parameters: Iterable[Tensor], study: Study) -> torch.optim.AdamW:
-    """AdamW as the study sets it; a fresh one each round."""
-    settings = study.training
-    return torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
-    )
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of the next step."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-class Proximal:
-    """FedProx (Li et al. 2020, 1812.06127): pulls a site's weights back to those it was sent.
-
-    Adds mu (w - w_start) to gradients that were clipped and noised already: a function of what may be
-    known, so it costs no budget and changes no sensitivity.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], strength: float) -> None:
-        self.pairs = [(p, p.detach().clone()) for p in parameters] if strength else []
-        self.strength = strength
-
-    def add(self) -> None:
-        """Add the term to the gradients of this step."""
-        for parameter, start in self.pairs:
-            assert parameter.grad is not None
-            parameter.grad.add_(parameter.detach() - start, alpha=self.strength)
-
-
 class PrivateEngine:
     """DP-SGD for diffusion: sample patients, clip each one's gradient to C, add noise, divide, step.
 
@@ -190,16 +150,16 @@ class PrivateEngine:
         return StepNoise(self.random, step, {name: parameter.shape for name, parameter in shapes})
 
 
-def train(engine: StepEngine, first: int, steps: int, label: str) -> None:
+def train(take: Callable[[int], None], first: int, steps: int, label: str) -> None:
     """Run a round's steps with a progress bar; the bar shows no loss, which would be private.
 
     Args:
-        engine: What a step is.
+        take: Takes the step with this global number.
         first: Global number of the first step.
         steps: Steps to take.
         label: What the bar says.
     """
     with track(label, steps) as advance:
         for step in range(first, first + steps):
-            engine.step(step)
+            take(step)
             advance(1)

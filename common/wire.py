@@ -5,10 +5,9 @@ all of them public parameters; once a study, a noisy sum and `ReleaseFacts`. Bot
 every tensor's bytes. What comes down, and how either side reads a message, is in `wire_reading.py`;
 anything else is refused there.
 
-States and differences are written as the approved study's `federation.transport` says, and read as it
-says, never as a message says. int8 sends a difference as 8-bit steps and a scale a row; what rounding
-lost stays in the stored reply and is added to the site's next difference (error feedback: Seide et al.
-2014, Karimireddy et al. 2019). The tap is always fp32: it is tested against the noise it should have.
+States and differences are written as the approved study's `federation.transport` says (`rounding.py`), and
+read as it says, never as a message says. What rounding lost stays in the stored reply. The tap is always
+fp32: it is tested against the noise it should have.
 """
 
 from __future__ import annotations
@@ -24,17 +23,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from polyclinic.common.generators.base import Tensors
+from polyclinic.common.rounding import SCALE, encode
 from polyclinic.common.settings import Transport
 
 DIFFERENCE, TAP, SUM, FACTS, HASHES = "difference", "tap", "sum", "facts", "hashes"
 RELEASE = f"{SUM}/release"  # the one tensor of an extra release
-# Also what the names in these parts begin with; no parameter's name has the slash that follows.
-SCALE, RESIDUAL = "scale", "residual"
 
 # A part travels as one array, a safetensors file: Flower fetches every array, and every 5 MB of it, by a
 # request of its own, and a network has hundreds of small tensors.
 FILE = "safetensors"
-_LARGEST = torch.finfo(torch.bfloat16).max  # fp32 goes a little further, to what bf16 calls infinity
 
 
 def said(words: str) -> Any:
@@ -129,40 +126,6 @@ def pack_reply(
 def pack_release(total: Tensor | None, facts: ReleaseFacts) -> bytes:
     """Serialize an extra release for the site's store: the noisy sum, if there is one, and its facts."""
     return save({} if total is None else {RELEASE: total}, metadata={FACTS: json.dumps(asdict(facts))})
-
-
-def unpack_residual(stored: bytes) -> Tensors:
-    """Read what rounding lost in a stored reply; it never leaves the site."""
-    parts, _ = sort_stored(stored, ReplyFacts)
-    return {name.removeprefix(f"{RESIDUAL}/"): tensor for name, tensor in parts.get(RESIDUAL, {}).items()}
-
-
-def rows_of(tensor: Tensor) -> int:
-    """Scales a tensor has: one a slice of its leading dimension, one in all for a vector."""
-    return len(tensor) if tensor.dim() > 1 else 1
-
-
-def widen(steps: Tensor, scale: Tensor) -> Tensor:
-    """Multiply 8-bit steps by their rows' scales, in fp32."""
-    return (steps.reshape(len(scale), -1).float() * scale[:, None]).reshape(steps.shape)
-
-
-def encode(name: str, tensor: Tensor, transport: Transport, residual: Tensor | None = None) -> Tensors:
-    """Round a tensor; in int8, with its scales and with what the rounding lost.
-
-    What is finite stays finite; what is not becomes a scale or a number that the other side refuses.
-    """
-    if transport == "fp32":
-        return {name: tensor}
-    wanted = (tensor if residual is None else tensor + residual).clamp(-_LARGEST, _LARGEST)
-    if transport == "bf16":
-        return {name: wanted.bfloat16()}
-    rows = wanted.reshape(rows_of(wanted), -1)
-    scale = rows.abs().amax(dim=1) / 127
-    # A row of zeros divides by zero: no step is its step.
-    rounded = (rows / scale[:, None]).nan_to_num(0.0).round().clamp(-127, 127)
-    steps = rounded.to(torch.int8).reshape(wanted.shape)
-    return {name: steps, f"{SCALE}/{name}": scale, f"{RESIDUAL}/{name}": wanted - widen(steps, scale)}
 
 
 def sort_stored(stored: bytes, kind: type[Facts]) -> tuple[dict[str, Tensors], Facts]:

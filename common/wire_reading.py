@@ -20,6 +20,7 @@ from torch import Tensor
 
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.refusals import Refusal
+from polyclinic.common.rounding import SCALE, encode, widen
 from polyclinic.common.settings import Transport
 from polyclinic.common.wire import (
     DIFFERENCE,
@@ -27,15 +28,12 @@ from polyclinic.common.wire import (
     FILE,
     HASHES,
     RELEASE,
-    SCALE,
     SUM,
     TAP,
     ReleaseFacts,
     ReplyFacts,
-    encode,
     pack,
     sort_stored,
-    widen,
 )
 
 T = TypeVar("T")

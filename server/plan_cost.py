@@ -22,9 +22,9 @@ from polyclinic.common.files import write_json_atomic
 from polyclinic.common.generators.base import BaseFiles, Family, Tensors, Views, load_family, trainable
 from polyclinic.common.privacy.clipping import ENGINES
 from polyclinic.common.privacy.random import KeyedRandom, StepNoise
+from polyclinic.common.rounding import rows_of
 from polyclinic.common.settings import Transport
 from polyclinic.common.study import Study
-from polyclinic.common.wire import rows_of
 from polyclinic.common.wire_reading import DOWN
 from polyclinic.server.cost_record import nominal
 from polyclinic.server.report.costs import NAMES, SERVER, CostEntry, entry, figure, measured_entry

@@ -16,8 +16,9 @@ from torch import Tensor
 from polyclinic.common.adapters import pad
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.refusals import Refusal
+from polyclinic.common.rounding import SCALE, encode, rows_of, widen
 from polyclinic.common.settings import Transport
-from polyclinic.common.wire import DIFFERENCE, FACTS, HASHES, SCALE, TAP, ReplyFacts, encode, rows_of, widen
+from polyclinic.common.wire import DIFFERENCE, FACTS, HASHES, TAP, ReplyFacts
 from polyclinic.common.wire_reading import DOWN, Reply, check_like, parse, parts_of
 
 

@@ -17,17 +17,7 @@ from polyclinic.common.privacy.random import KeyedRandom
 
 
 def poisson_sample(random: KeyedRandom, patients: Sequence[str], step: int, rate: float) -> list[int]:
-    """Sample patients independently.
-
-    Args:
-        random: This attempt's randomness.
-        patients: Patient ids.
-        step: Global step.
-        rate: Public sampling rate q.
-
-    Returns:
-        Positions of the sampled patients; possibly none.
-    """
+    """Sample patients independently with the public rate q; positions of the sampled, possibly none."""
     return [i for i, p in enumerate(patients) if random.stream("poisson", step, p).uniform(1)[0] < rate]
 
 
@@ -44,11 +34,7 @@ def draw_views(
     """Draw K views of each chosen patient.
 
     Args:
-        random: This attempt's randomness.
-        data: The site's cache.
         chosen: B positions in `data.patients`.
-        step: Global step.
-        views: K.
         normal_shape: Shape of the normal numbers one view needs.
         prompt_dropout: Share of views whose caption is the empty one.
 

@@ -31,8 +31,9 @@ from polyclinic.common.generators.base import BaseFiles
 from polyclinic.common.kit import BASE_INDEX
 from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.refusals import REASONS, BadInput, Refusal
+from polyclinic.common.rounding import SCALE
 from polyclinic.common.study import CODE_VERSION, differences
-from polyclinic.common.wire import DIFFERENCE, FACTS, HASHES, SCALE, TAP, ReplyFacts
+from polyclinic.common.wire import DIFFERENCE, FACTS, HASHES, TAP, ReplyFacts
 from polyclinic.common.wire_reading import RoundOrder, order_records
 
 PLAIN = {"privacy": {"enabled": False}}

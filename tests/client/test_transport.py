@@ -9,11 +9,12 @@ import torch
 
 from polyclinic.client import training
 from polyclinic.client.ledger_chain import read_lines
+from polyclinic.client.residual import unpack_residual
 from polyclinic.client.training import answer_round
 from polyclinic.common.generators.base import Tensors
 from polyclinic.common.generators.public import hash_state
 from polyclinic.common.refusals import Refusal
-from polyclinic.common.wire import pack_reply, reply_records, unpack_residual
+from polyclinic.common.wire import pack_reply, reply_records
 from polyclinic.common.wire_reading import order_records, read_order, unpack_reply
 from polyclinic.server.replies import as_sent, read_reply
 

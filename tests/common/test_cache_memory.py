@@ -68,7 +68,8 @@ def test_weights_are_those_of_a_cache_in_memory(
     for data in (cached, load_cache(tmp_path, _kept(tmp_path, cached, sizes))):
         family.module.load_state_dict(start, strict=False)
         random = KeyedRandom(b"t" * 32)
-        train(PrivateEngine(family, data, study, random, sigma=0.8, divisor=6.0, device="cpu"), 0, 3, "")
+        engine = PrivateEngine(family, data, study, random, sigma=0.8, divisor=6.0, device="cpu")
+        train(engine.step, 0, 3, "")
         found.append(trainable_state(family.module))
     assert all(torch.equal(found[0][name], found[1][name]) for name in start)
     assert any(not torch.equal(found[0][name], start[name]) for name in start)

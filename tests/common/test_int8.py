@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from polyclinic.client.residual import unpack_residual
 from polyclinic.common.refusals import Refusal
 from polyclinic.common.settings import Transport
-from polyclinic.common.wire import pack_reply, reply_records, unpack_residual
+from polyclinic.common.wire import pack_reply, reply_records
 from polyclinic.common.wire_reading import order_records, read_order, unpack_reply
 from polyclinic.server.replies import read_reply
 from tests.common.test_wire import FACTS, ORDER, every_transport, state

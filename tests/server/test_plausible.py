@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from polyclinic.client.residual import unpack_residual
 from polyclinic.common.data.cache import Cached
 from polyclinic.common.generators.base import Tensors, trainable_state
 from polyclinic.common.generators.msdm import Msdm
@@ -16,7 +17,7 @@ from polyclinic.common.plain_engine import PlainEngine
 from polyclinic.common.privacy.random import KeyedRandom
 from polyclinic.common.study import Study
 from polyclinic.common.training import PrivateEngine, train
-from polyclinic.common.wire import pack_reply, unpack_residual
+from polyclinic.common.wire import pack_reply
 from polyclinic.common.wire_reading import unpack_reply
 from polyclinic.server.plausible import adamw_steps, longest_difference
 from tests.common.test_wire import FACTS
@@ -75,7 +76,7 @@ def test_real_training_stays_below(
         engine: Any = PrivateEngine(family, cached, study, random, sigma=1.0, divisor=6.0, device="cpu")
     else:
         engine = PlainEngine(family, cached, study, random, device="cpu")
-    train(engine, (number - 1) * 3, 3, "round")
+    train(engine.step, (number - 1) * 3, 3, "round")
     moved = {name: tensor - before[name] for name, tensor in trainable_state(family.module).items()}
     assert norm(moved) <= bound
     # Not a bound that lets anything through: the first steps of Adam are nearly as long as can be.
