@@ -25,12 +25,15 @@ from polyclinic.common.refusals import BadInput
 # Pixels a side of a thumbnail, and the largest shift in each direction: 6 % of the side.
 SIDE = 48
 REACH = 3
+# Thumbnails are smoothed by this much, in their pixels: what shifts by parts of a pixel, noise, blur and JPEG
+# change is mostly finer, and what tells two people apart is coarser.
+SMOOTHING = 1.0
 _AT_ONCE = 1024
 
 FEATURE_MEASURE = "features: sqrt(1 - cosine)"
 PIXEL_MEASURE = (
     f"aligned pixels: sqrt(1 - correlation) of {SIDE} px luminance thumbnails, "
-    f"best of shifts up to {REACH} px ({100 * REACH / SIDE:.0f} % of the side)"
+    f"smoothed by {SMOOTHING:g} px, best of shifts up to {REACH} px ({100 * REACH / SIDE:.0f} % of the side)"
 )
 
 
@@ -53,13 +56,18 @@ def thumbnails(images: Tensor) -> Tensor:
         images: RGB in [0, 1], [n, 3, H, W].
 
     Returns:
-        Luminance (Rec. 601), [n, SIDE, SIDE], float32.
+        Luminance (Rec. 601), smoothed, [n, SIDE, SIDE], float32.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"expected images [n, 3, H, W], got {tuple(images.shape)}")
     weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)
     grey = (images.float() * weights[:, None, None]).sum(dim=1, keepdim=True)
-    return F.interpolate(grey, size=(SIDE, SIDE), mode="bilinear", antialias=True)[:, 0]
+    small = F.interpolate(grey, size=(SIDE, SIDE), mode="bilinear", antialias=True)
+    reach = round(3 * SMOOTHING)
+    line = torch.exp(-((torch.arange(-reach, reach + 1, device=images.device) / SMOOTHING) ** 2) / 2)
+    line = line / line.sum()
+    padded = F.pad(small, (reach,) * 4, mode="reflect")
+    return F.conv2d(F.conv2d(padded, line[None, None, None]), line[None, None, :, None])[:, 0]
 
 
 def nearest_by_pixels(
