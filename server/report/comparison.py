@@ -45,6 +45,7 @@ class ArmRow:
     gpu: str
     cpu: str
     price: str
+    price_round: str
     co2: str
     bytes: str
 
@@ -76,10 +77,11 @@ def arm_row(name: str, title: str, metrics: Metrics, link: str, level: float | N
         return wording.seconds(value) if value else wording.DASH
 
     spent = target(metrics.cost, metrics.rounds, level) if level is not None else None
-    price = wording.DASH
+    price, when = wording.DASH, ""
     if spent is not None:
         unit = NAMES[spent.quantity][1]
         price = "not reached" if spent.value is None else wording.quantity(spent.value, unit)
+        when = "" if spent.round is None else f"round {spent.round}" if spent.round else "the start has it"
     co2 = cost_summary(metrics).co2_g
     return ArmRow(
         name,
@@ -93,6 +95,7 @@ def arm_row(name: str, title: str, metrics: Metrics, link: str, level: float | N
         hours(total(metrics.cost, "gpu_s", LEARNING)),
         hours(total(metrics.cost, "cpu_s", LEARNING)),
         price,
+        when,
         wording.DASH if co2 is None else wording.scaled(co2, "g"),
         wording.scaled(sum(bytes_moved(metrics)), "B"),
     )
@@ -105,6 +108,21 @@ def _co2_note(arms: list[Metrics]) -> str:
     if not sources:
         return "CO2 is unknown: no study names the intensity of its grid (cost.grid_gco2_per_kwh)."
     return f"CO2 equivalent is that of all phases, judging included; the grid: {wording.listed(sources)}."
+
+
+def _public_note(names: list[str], arms: list[Metrics]) -> list[str]:
+    """Say how much of an arm's compute its public parts took, where they were trained for it."""
+    quantity, unit, _ = compute(arms)
+    name = next(key for key, (words, _) in NAMES.items() if words == quantity)
+    spent = [total(arm.cost, name, ("pretrain",)) or 0.0 for arm in arms]
+    if not any(spent):
+        return []
+    if max(spent) <= 1.05 * min(spent):
+        much = f"in every arm, {wording.quantity(spent[0], unit)}"
+    else:
+        each = zip(names, spent, strict=True)
+        much = wording.listed([f"in {arm} {wording.quantity(value, unit)}" for arm, value in each])
+    return [f"{quantity} holds what training the public parts took: {much}."]
 
 
 def own_title(metrics: Metrics, shared: str) -> str:
@@ -203,7 +221,7 @@ def write_comparison(path: Path, arms: list[Metrics], arm_dirs: list[Path]) -> P
         "code_version": arms[0].code_version,
         "charts": frontier_charts(names, arms),
         "samples": side_by_side(names, arms, arm_dirs),
-        "notes": [_co2_note(arms), *warnings],
+        "notes": [*_public_note(names, arms), _co2_note(arms), *warnings],
     }
     text = environment().get_template("compare.html.j2").render(values)
     write_atomic(path, text.encode())
