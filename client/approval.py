@@ -35,6 +35,7 @@ from polyclinic.common.features.efficientnet import efficientnet
 from polyclinic.common.features.extractor import Extractor
 from polyclinic.common.files import sha256_file, write_atomic, write_json_atomic
 from polyclinic.common.generators.base import BaseFiles, load_family
+from polyclinic.common.generators.quantized import check_quantized
 from polyclinic.common.privacy.accounting import claim
 from polyclinic.common.privacy.tap import toss_coins
 from polyclinic.common.refusals import BadInput, Refusal
@@ -182,7 +183,9 @@ def check_base(resolved: Resolved, files: BaseFiles) -> None:
 
     Raises:
         Refusal: `approval-drift`.
+        BadInput: It cannot be loaded here as the study wants it.
     """
+    check_quantized(resolved.study.generator, pick_device(resolved.study.training.device))
     found, wanted = base_hash_of(files, resolved.study), resolved.base_hash
     if found != wanted:
         place, study = files.vae or files.pipeline, resolved.study.generator

@@ -62,7 +62,7 @@ def dependencies() -> dict[str, str]:
     installed = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
     path = [entry for entry in sys.path if installed.isdisjoint(Path(entry).parents)]
     # What a site may have installed beside: decoders stand between its images and what is trained.
-    todo = [(ROOT, frozenset({"", "client", "dicom", "parquet"}))]
+    todo = [(ROOT, frozenset({"", "client", "dicom", "parquet", "quantized"}))]
     while todo:
         name, wanted = todo.pop()
         new = set(wanted) - extras.setdefault(name, set())

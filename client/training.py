@@ -76,7 +76,9 @@ def answer_round(
             raise Refusal("round-too-late")
         device = pick_device(study.training.device)
         torch.set_num_threads(study.training.threads or torch.get_num_threads())
-        family = load_family(study, approval.files, device=device, encoders=False, rank=policy.lora_rank)
+        family = load_family(
+            study, approval.files, device=device, encoders=False, rank=policy.lora_rank, quantized=True
+        )
         state = narrow(state, policy.lora_rank)
         check_like(state, trainable_state(family.module))
         if study.privacy.enabled and (approval.id, device) not in _SELF_TESTED:

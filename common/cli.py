@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import logging
 import os
 import sys
 import warnings
@@ -48,6 +49,8 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         0; 2 for bad input; 3 for a refusal; 130 when interrupted.
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+    for name in ("", "torch.utils._pytree"):  # kernels that torchao and bitsandbytes would have elsewhere
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings(
         "ignore", category=UserWarning, module=r"(opacus|diffusers|transformers|torch|prv_accountant).*"

@@ -29,6 +29,7 @@ LARGE_ONLY = (
     "base_sha256",
     "lora",
     "precision",
+    "quantize",
     "guidance_embedding",
 )
 PRIOR_ONLY = ("prior", "prior_revision", "prior_sha256", "stages")
@@ -115,6 +116,11 @@ class GeneratorSettings(Section):
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="of a large model's frozen weights and its arithmetic; adapters are always fp32"
     )
+    quantize: Literal["none", "int8", "nf4"] = Field(
+        "none",
+        description="of a large model's linear layers while it trains: 8- or 4-bit weights, which take other "
+        "memory and not other arithmetic; drawing, judging and export use the whole base",
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="compute activations again in the backward pass: less memory, about a third more time; "
@@ -197,7 +203,8 @@ class GeneratorSettings(Section):
         """What is trained, in a few words."""
         if not self.large:
             return f"{self.family}, size {self.size}"
-        return f"{self.family} LoRA of rank {self.lora.rank} on {self.base}"
+        rounded = "" if self.quantize == "none" else f", trained over {self.quantize} weights"
+        return f"{self.family} LoRA of rank {self.lora.rank} on {self.base}{rounded}"
 
     @model_validator(mode="before")
     @classmethod

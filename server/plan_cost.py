@@ -66,7 +66,7 @@ def measure_speed(study: Study, files: BaseFiles) -> Speed:
     """
     device, privacy = pick_device(study.training.device), study.privacy
     torch.set_num_threads(study.training.threads or torch.get_num_threads())
-    family = load_family(study, files, device=device, encoders=False)
+    family = load_family(study, files, device=device, encoders=False, quantized=True)
 
     def learn(count: int) -> None:
         views = family.synthetic_views(count * privacy.views)

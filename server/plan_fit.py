@@ -79,6 +79,9 @@ def changes(study: Study) -> Iterator[list[Change]]:
         return
     if generator.precision == "fp32":
         yield [('generator.precision = "bf16"', {"generator": {"precision": "bf16"}})]
+    if generator.quantize != "nf4":
+        fewer = ["nf4"] if generator.quantize == "int8" else ["int8", "nf4"]
+        yield [(f'generator.quantize = "{kind}"', {"generator": {"quantize": kind}}) for kind in fewer]
     lora = generator.lora.model_dump(mode="json")
     yield [
         (f"generator.lora.rank = {n}", {"generator": {"lora": {**lora, "rank": n}}})

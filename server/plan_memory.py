@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from polyclinic.common.generators.base import BaseFiles, Family, Views, load_family, trainable
+from polyclinic.common.generators.quantized import saved_bytes, widened_bytes
 from polyclinic.common.privacy.clipping import ENGINES
 from polyclinic.common.study import Study
 from polyclinic.server.report.metrics import Part
@@ -38,7 +39,7 @@ class Memory(Part):
     """GPU memory of a site's training, in bytes.
 
     Attributes:
-        frozen: Weights that do not train, in the base's precision.
+        frozen: Weights that do not train, in the base's precision or as `generator.quantize` says.
         trained: Weights that train, in fp32.
         moments: AdamW's two averages, in fp32.
         sums: The running clipped sum, or gradients, in fp32.
@@ -68,7 +69,8 @@ def training_memory(study: Study, files: BaseFiles) -> Memory:
     numbers = [p.numel() for p in own.values()]
     trained = FP32 * sum(numbers)
     everything = sum(p.numel() * p.element_size() for p in family.module.parameters())
-    working = working_bytes(study, family)
+    everything -= saved_bytes(family.module, study.generator)
+    working = widened_bytes(family.module, study.generator) + working_bytes(study, family)
     # The sum, the noise and their addition are in float64 for one tensor at a time; noised gradients stay.
     noise = trained + 3 * FP64 * max(numbers) if study.privacy.enabled else 0
     held = everything + (MOMENTS + 1) * trained

@@ -215,6 +215,7 @@ def load_family(
     encoders: bool = True,
     network: bool = True,
     rank: int | None = None,
+    quantized: bool = False,
 ) -> Family:
     """Load a study's generator with its public base.
 
@@ -225,6 +226,7 @@ def load_family(
         encoders: False leaves VAE and text encoders on disk: training reads the cache instead.
         network: False leaves a large model's network on disk: encoding does not need it.
         rank: A site's own rank of a large model's adapters, at most the study's.
+        quantized: Load a large model's network as `generator.quantize` says: to train it, not to draw.
 
     Raises:
         BadInput: The base or its adapters are not what the study says.
@@ -236,6 +238,6 @@ def load_family(
         return Msdm(settings, size, files.vae, frozen=files.frozen, device=device, encoders=encoders)
     module, maker = FAMILIES[settings.family].maker.split(":")
     found: Family = getattr(import_module(f"polyclinic.common.generators.{module}"), maker)(
-        study, files, device=device, encoders=encoders, network=network, rank=rank
+        study, files, device=device, encoders=encoders, network=network, rank=rank, quantized=quantized
     )
     return found

@@ -29,6 +29,7 @@ from polyclinic.common.generators.diffusion import (
 )
 from polyclinic.common.generators.families import freezes_a
 from polyclinic.common.generators.lora import adapter_layers, add_adapters, merged_copy
+from polyclinic.common.generators.quantized import loading
 from polyclinic.common.generators.release import in_pipeline, save_adapters, usage, write_card
 from polyclinic.common.refusals import BadInput
 
@@ -65,6 +66,7 @@ class LargeModel(ABC):
         encoders: bool = True,
         network: bool = True,
         rank: int | None = None,
+        quantized: bool = False,
     ) -> None:
         from diffusers import DDPMScheduler
         from diffusers.utils import logging as diffusers_logging
@@ -76,6 +78,7 @@ class LargeModel(ABC):
         self.study, self.settings, self.device = study, study.generator, device
         self.size, self.files, self.folder = study.data.image_size, files, files.pipeline
         self.dtype = TYPES[self.settings.precision]
+        self.quantized = quantized and self.settings.quantize != "none"
         self.index = read_index(self.folder)
         self.scheduler = class_of(self.folder, "scheduler").from_pretrained(
             self.folder, subfolder="scheduler"
@@ -306,10 +309,13 @@ class LargeModel(ABC):
             with torch.device("meta"):
                 network: nn.Module = maker.from_config(maker.load_config(folder, subfolder=part))
             return nn.Module.to(network, self.dtype)
+        more = loading(self.settings, self.dtype, self.device) if self.quantized else {}
         with _naming(folder / part):
-            network = maker.from_pretrained(folder, subfolder=part, dtype=self.dtype, use_safetensors=True)
+            network = maker.from_pretrained(
+                folder, subfolder=part, dtype=self.dtype, use_safetensors=True, **more
+            )
         # Placed before it gets adapters: moved later, they would train and not be used (Opacus #820).
-        return network.to(self.device)
+        return network if self.quantized else network.to(self.device)
 
     def _load_encoders(self) -> Any:
         # Neither of the others takes part in training or drawing.

@@ -17,6 +17,7 @@ from polyclinic.server.plan import local_files, plan, words
 from polyclinic.server.plan_fit import check_fit
 from polyclinic.server.plan_memory import HEADROOM, training_memory, working_bytes
 from polyclinic.simulation.random_checkpoints import save
+from tests.four_bits import lift_the_gpu_check
 
 PATIENTS = 6
 
@@ -43,9 +44,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save(name, folder, width=width) for name, width in widths.items()}
 
 
-def allocated(study: Study) -> int:
+def allocated(study: Study, *, quantized: bool = False) -> int:
     """Peak of what torch's CPU allocator handed out in one step, temporaries inside kernels included."""
-    family = load_family(study, local_files(study, "memory"), encoders=False)
+    family = load_family(study, local_files(study, "memory"), encoders=False, quantized=quantized)
     privacy = study.privacy
 
     def step() -> None:
@@ -106,6 +107,31 @@ def test_parts_add_up_to_what_is_known_of_the_model(bases: dict[str, Path]) -> N
     optimizer.step()
     state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.ndim)
     assert memory.moments == state
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_fewer_bits_are_forecast_as_they_are_held(
+    bases: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights to within a percent; a step never takes more than is forecast."""
+    pytest.importorskip("torchao", reason="needs polyclinic[quantized]")
+    lift_the_gpu_check(monkeypatch)
+    generator = study_of(bases["flux"]).generator.model_dump(mode="json") | {"quantize": kind}
+    study = study_of(bases["flux"], generator=generator)
+    forecast = training_memory(study, local_files(study, "memory"))
+    family = load_family(study, local_files(study, "memory"), encoders=False, quantized=True)
+    held = sum(stored_bytes(p) for p in family.module.parameters() if not p.requires_grad)
+    assert forecast.frozen == pytest.approx(held, rel=0.01)
+    whole = training_memory(study_of(bases["flux"]), local_files(study, "memory"))
+    assert forecast.frozen < (0.6 if kind == "int8" else 0.35) * whole.frozen
+    assert whole.working < allocated(study, quantized=True) <= (1 + HEADROOM) * forecast.working
+
+
+def stored_bytes(weight: Any) -> int:
+    """What a weight takes, with its scales."""
+    state = getattr(weight, "quant_state", None)
+    parts = [weight.qdata, weight.scale] if hasattr(weight, "qdata") else [weight.data]
+    return sum(part.nbytes for part in parts + ([state.absmax] if state else []))
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5])

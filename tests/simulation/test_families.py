@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ FEDERATION: dict[str, dict[str, Any]] = {
     "stable-diffusion": {"lora_aggregation": "alternate", "transport": "int8"},
     "stable-diffusion-3": {"lora_aggregation": "stack", "transport": "int8"},
 }
+# One of them trains over 8-bit weights, where those can be had.
+QUANTIZED = "stable-diffusion-3" if find_spec("torchao") else ""
 RANK, OWN_RANK = 2, 1
 
 
@@ -40,7 +43,9 @@ def study_of(name: str, base: Path, **tables: dict[str, Any]) -> Study:
     values: dict[str, Any] = {
         "name": "tiny",
         "data": {"image_size": SIZE_OF.get(name, 32)},
-        "generator": generator_table(name, base, lora={"rank": RANK}),
+        "generator": generator_table(
+            name, base, lora={"rank": RANK}, quantize="int8" if name == QUANTIZED else "none"
+        ),
         "privacy": {"delta": 1e-3, "sampling_rate": 0.5, "views": 2, "canaries": 0},
         "training": {"rounds": 2, "steps_per_round": 1, "learning_rate": 0.1, "device": "cpu", "threads": 1},
         "federation": {"min_sites": 2, **FEDERATION[name]},
