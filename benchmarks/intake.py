@@ -7,6 +7,7 @@ more than the others: two hashes, a small copy, text, metadata. Worker processes
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -133,7 +134,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     paths = sorted((arguments.data / "images").iterdir())[: arguments.images]
-    print(f"{len(paths)} images, {workers()} threads, medians of {arguments.repeats}\n")
+    load = os.getloadavg()[0]
+    print(f"{len(paths)} images, {workers()} threads, medians of {arguments.repeats}, load {load:.1f}\n")
     print(costs(paths[:100]), "\n", rates(paths, arguments.repeats), "\n", burned_in(paths[:150]), sep="\n")
 
 

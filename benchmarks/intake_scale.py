@@ -5,15 +5,14 @@
 FILMS holds chest X-rays; ROCOv2's folder is made of blends of them under WORK (its names, splits, captions
 and concepts; each picture has its own size and crop), once. Then `polyclinic-client check` is killed (-9)
 halfway and run again, and so is the cache, with a small random VAE at 32 px: what is measured is everything
-around the encoder. Memory is what is resident and not backed by files, sampled every two seconds: of the
-parent, and of the largest worker.
+around the encoder. Then msdm-tiny takes 20 DP-SGD steps from that cache. Memory is what is resident and not
+backed by files, sampled every two seconds: of the parent, and of the largest worker.
 """
 
 import argparse
 import csv
 import json
 import os
-import re
 import signal
 import sqlite3
 import subprocess
@@ -61,28 +60,50 @@ WORDS = [
     "fat",
     "stranding",
 ]
-CACHE = """
+SETUP = """
 import sys
 from pathlib import Path
 from diffusers import AutoencoderKL
 from polyclinic.common.data.cache import build_cache, load_cache
 from polyclinic.common.data.sources import read_records
-from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.generators.msdm import Msdm
-from polyclinic.common.settings import DataSettings
-data, work = DataSettings(source="rocov2", unit="image", image_size=32), Path(sys.argv[2])
+from polyclinic.common.privacy.random import KeyedRandom
+from polyclinic.common.study import parse_study
+from polyclinic.common.training import PrivateEngine, train
+folder, work, images = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+study = parse_study({
+    "name": "scale",
+    "data": {"source": "rocov2", "unit": "image", "image_size": 32},
+    "generator": {"size": "msdm-tiny", "max_tokens": 8},
+    "privacy": {"epsilon": 8.0, "delta": 1e-6, "sampling_rate": 32 / images, "views": 2, "micro_batch": 8},
+    "training": {"rounds": 1, "steps_per_round": 20, "learning_rate": 1e-3, "device": "cpu", "threads": 1},
+    "evaluation": {"prompts": [{"text": "a CT image"}]},
+}, "scale")
 if not (work / "vae").exists():
     AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
                   block_out_channels=(16,) * 4, latent_channels=8, norm_num_groups=16,
                   ).save_pretrained(work / "vae")
-family = Msdm(GeneratorSettings(size="msdm-tiny", max_tokens=8), 32, work / "vae")
-name = build_cache(read_records(data, Path(sys.argv[1])), family, data, work / "cache")
-print("memory", *(line for line in open("/proc/self/status") if line.startswith("RssAnon")))
-loaded = load_cache(work / "cache", name)
-for step in range(100):
-    for tensor in (*loaded.image.values(), *loaded.prompt.values()):
-        tensor[[(step * 8191 + 257 * i) % tensor.shape[0] for i in range(64)]]
-print("memory", *(line for line in open("/proc/self/status") if line.startswith("RssAnon")))
+"""
+CACHE = f"""{SETUP}
+family = Msdm(study.generator, 32, work / "vae")
+name = build_cache(read_records(study.data, folder), family, study.data, work / "cache")
+(work / "cache.name").write_text(name)
+"""
+TRAIN = f"""{SETUP}
+import time
+def held(what):
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    print(f"{{what}}: {{int(line.split()[1]) / 1e3:.0f}} MB")
+family = Msdm(study.generator, 32, work / "vae", encoders=False)
+held("before")
+cached = load_cache(work / "cache", (work / "cache.name").read_text())
+held(f"cache of {{len(cached.patients):,}} images opened")
+random = KeyedRandom.from_os()
+engine = PrivateEngine(family, cached, study, random, sigma=1.0, divisor=32.0, device="cpu")
+for first in range(0, 20, 5):
+    start = time.monotonic()
+    train(engine, first, 5, "train")
+    held(f"{{first + 5}} steps, {{(time.monotonic() - start) / 5:.1f}} s a step")
 """
 Sample = tuple[float, int, float, float]
 
@@ -191,11 +212,11 @@ def main() -> None:
     parser.add_argument("--films", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--images", type=int, default=80_000)
-    parser.add_argument("--only", choices=["check", "cache"])
+    parser.add_argument("--only", choices=["check", "cache", "train"])
     arguments = parser.parse_args()
     work, folder, images = arguments.work, arguments.work / "roco", arguments.images
     synthesise(arguments.films, folder, images)
-    if arguments.only != "cache":
+    if arguments.only not in ("cache", "train"):
         home = work / "home"
         command = [
             sys.executable,
@@ -226,13 +247,13 @@ def main() -> None:
         print(
             f"snapshot: {seconds:.0f} s, exit code {code}, peak {max(s[2] for s in more):.0f} MB", flush=True
         )
-    if arguments.only != "check":
+    if arguments.only not in ("check", "train"):
         cache = work / "cache"
 
         def shards() -> int:
             return 64 * sum(1 for _ in cache.glob("*.safetensors")) if cache.exists() else 0
 
-        command = [sys.executable, "-c", CACHE, str(folder), str(work)]
+        command = [sys.executable, "-c", CACHE, str(folder), str(work), str(images)]
         _, samples, seconds = watched(command, shards, images // 2, work / "cache-killed.log")
         before = {path: path.stat().st_mtime_ns for path in cache.glob("*.safetensors")}
         code, more, rest = watched(command, shards, None, work / "cache.log")
@@ -240,10 +261,11 @@ def main() -> None:
         show("cache (shards of 64 images, then of 256 captions)", [*samples, *more], 2 * images)
         print(
             f"\nkilled at {len(before):,} shards after {seconds:.0f} s; {same:,} of them untouched after the "
-            f"second run of {rest:.0f} s, exit code {code}; peak {max(s[2] for s in more):.0f} MB; at its "
-            "end, and after 6,400 views were taken from the cache:",
-            re.findall(r"RssAnon:\s+(\d+ kB)", (work / "cache.log").read_text()),
+            f"second run of {rest:.0f} s, exit code {code}; peak {max(s[2] for s in more):.0f} MB"
         )
+    if arguments.only not in ("check", "cache"):
+        command = [sys.executable, "-c", TRAIN, str(folder), str(work), str(images)]
+        print(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 if __name__ == "__main__":
