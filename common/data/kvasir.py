@@ -1,6 +1,6 @@
 """The door `kvasir-vqa`: Kvasir-VQA with the captions of MedVQA-GI 2025, in both forms it is handed out.
 
-* a folder: `metadata.csv` (img_id, question, answer, source) and `images/<img_id>.jpg`;
+* a folder as its page makes it: `metadata.csv` (source, question, answer, img_id) and `images/<img_id>.jpg`;
 * Hugging Face `SimulaMet-HOST/Kvasir-VQA` on disk: parquet files, or arrow files of `save_to_disk`, with
   columns image, question, answer, img_id, source; an image stands in a row for each of its questions.
 
