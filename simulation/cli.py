@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polyclinic.common.cli import common_options, run_command, show
-from polyclinic.common.study import load_study
+from polyclinic.common.refusals import BadInput
+from polyclinic.common.study import load_study, parse_study, read_values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +19,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, text in (
         ("run", _run, "run a study to its report"),
-        ("compare", _compare, "pooled, federated and private arms of a study on one page"),
+        (
+            "compare",
+            _compare,
+            "pooled, federated and private arms of a study, or of several systems, on one page",
+        ),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("study", help="study file, or the name of a packaged study (phantom-demo)")
@@ -74,17 +79,17 @@ def _reference(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from polyclinic.simulation.compare import compare
+    from polyclinic.simulation.compare import compare, compare_systems
 
-    study = load_study(arguments.study)
-    page = compare(
-        study,
-        arguments.home,
-        arguments.data,
-        epsilons=arguments.epsilon,
-        resume=arguments.resume,
-        engine=arguments.engine,
-    )
+    values, name = read_values(arguments.study)
+    how = {"resume": arguments.resume, "engine": arguments.engine}
+    if "compare" not in values:
+        study = parse_study(values, name)
+        page = compare(study, arguments.home, arguments.data, epsilons=arguments.epsilon, **how)
+    elif arguments.epsilon:
+        raise BadInput(f"{name}: systems are compared at one epsilon: write privacy.epsilon, not --epsilon")
+    else:
+        page = compare_systems(values, name, arguments.home, arguments.data, **how)
     show(arguments, {"page": page}, f"comparison: {page}")
 
 

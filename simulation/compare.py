@@ -1,4 +1,4 @@
-"""Arms on equal examples: pooled, federated, and federated under differential privacy."""
+"""Arms on equal examples, pooled, federated and private: of one study, or of systems at two budgets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from polyclinic.common.progress import say
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study, parse_study
 from polyclinic.server.report.comparison import write_comparison
+from polyclinic.server.report.systems import Entry, write_systems
+from polyclinic.simulation.comparison_study import systems_of
 from polyclinic.simulation.run import simulate
+
+MODES = ("pooled", "federated", "private")
 
 
 def arms(study: Study, epsilons: Sequence[float] = ()) -> list[Study]:
@@ -50,6 +54,44 @@ def arms(study: Study, epsilons: Sequence[float] = ()) -> list[Study]:
         _derive(study, "federated", f"{title}: federated, not private", privacy={"enabled": False}),
         *private,
     ]
+
+
+def compare_systems(
+    values: dict[str, Any], source: str, home: Path, data: Path | None, *, resume: bool, engine: str
+) -> Path:
+    """Run every system's arms at equal images seen and at equal GPU-hours, and write their page.
+
+    Args:
+        values: Of a file with a `compare` table.
+        source: Its name.
+        home: Where everything is kept.
+        data: Data folder, for studies on a folder.
+        resume: Go on with runs that are there.
+        engine: `in-process` or `ray`.
+
+    Returns:
+        The page.
+
+    Raises:
+        BadInput: Before anything runs, where the file or a base is not right.
+    """
+    systems = systems_of(values, source, home)
+    wanted = [
+        (system, "images" if study is system.at_images else "hours", study, mode, arm)
+        for system in systems
+        # A system whose GPU-hours all others get runs once, and stands under both.
+        for study in dict.fromkeys((system.at_images, system.at_hours))
+        for mode, arm in zip(MODES, arms(study), strict=True)
+    ]
+    entries = []
+    for number, (system, budget, study, mode, arm) in enumerate(wanted, 1):
+        say(f"arm {number} of {len(wanted)}: {arm.name}")
+        folder, metrics = simulate(arm, home, data, resume=resume, engine=engine)
+        both = system.at_images is system.at_hours
+        budgets = ("images", "hours") if both else (budget,)
+        entries.append(Entry(system.name, mode, budgets, study, metrics, folder))
+    page = home / "runs" / f"{values['name']}-compare.html"
+    return write_systems(page, str(values.get("title") or values["name"]), entries)
 
 
 def _derive(study: Study, arm: str, title: str, **changes: dict[str, Any]) -> Study:

@@ -338,6 +338,12 @@ def kandinsky_3(width: int = 1) -> Any:
     )
 
 
+# Wide enough that one view costs about as much as one of the smallest MSDM's, in the order of the real ones.
+STAND_INS: dict[str, dict[str, int]] = {
+    "stable-diffusion": {"width": 5},
+    "kandinsky-3": {"width": 11},
+    "flux": {"width": 9},
+}
 MAKERS: dict[str, Callable[..., Any]] = {
     "stable-diffusion": stable_diffusion,
     "stable-diffusion-2-1": lambda: stable_diffusion("v_prediction"),
