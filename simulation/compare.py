@@ -77,18 +77,15 @@ def compare_systems(
     """
     systems = systems_of(values, source, home)
     wanted = [
-        (system, "images" if study is system.at_images else "hours", study, mode, arm)
+        (system, budgets, study, mode, arm)
         for system in systems
-        # A system whose GPU-hours all others get runs once, and stands under both.
-        for study in dict.fromkeys((system.at_images, system.at_hours))
+        for budgets, study in system.budgets
         for mode, arm in zip(MODES, arms(study), strict=True)
     ]
     entries = []
-    for number, (system, budget, study, mode, arm) in enumerate(wanted, 1):
+    for number, (system, budgets, study, mode, arm) in enumerate(wanted, 1):
         say(f"arm {number} of {len(wanted)}: {arm.name}")
         folder, metrics = simulate(arm, home, data, resume=resume, engine=engine)
-        both = system.at_images is system.at_hours
-        budgets = ("images", "hours") if both else (budget,)
         entries.append(Entry(system.name, mode, budgets, study, metrics, folder))
     page = home / "runs" / f"{values['name']}-compare.html"
     return write_systems(page, str(values.get("title") or values["name"]), entries)

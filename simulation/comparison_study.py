@@ -26,7 +26,7 @@ NOTICE = (
 )
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,13}$")]
 IMAGES, AT_IMAGES, AT_HOURS = "-images", " at equal images", " at equal GPU-hours"
-NEAR = 0.02  # a number of steps so close to the wanted one is as good
+NEAR = 0.05  # a number of steps so close to the wanted one is as good
 
 
 class SystemSettings(Section):
@@ -69,6 +69,13 @@ class System:
     flops: int
     at_images: Study
     at_hours: Study
+
+    @property
+    def budgets(self) -> list[tuple[tuple[str, ...], Study]]:
+        """Its studies with the budgets they stand for: one for both, where that is the same study."""
+        if self.at_hours is self.at_images:
+            return [(("images", "hours"), self.at_images)]
+        return [(("images",), self.at_images), (("hours",), self.at_hours)]
 
 
 def systems_of(values: dict[str, Any], source: str, home: Path) -> list[System]:
@@ -127,7 +134,7 @@ def at_equal_hours(study: Study, ratio: float) -> Study:
 def scaled(rounds: int, steps: int, ratio: float) -> tuple[int, int]:
     """Find rounds and steps a round whose product is nearest to `ratio` times the given ones'.
 
-    Where several come within 2 %, the one with the nearest number of rounds, since those move bytes.
+    Where several come within 5 %, the one with the nearest number of rounds, since those move bytes.
     """
     wanted = max(1.0, rounds * steps * ratio)
     found = [(r, max(1, round(wanted / r))) for r in range(1, 4 * rounds + 1)]

@@ -342,7 +342,7 @@ def kandinsky_3(width: int = 1) -> Any:
 STAND_INS: dict[str, dict[str, int]] = {
     "stable-diffusion": {"width": 5},
     "kandinsky-3": {"width": 11},
-    "flux": {"width": 9},
+    "flux": {"width": 7},
 }
 MAKERS: dict[str, Callable[..., Any]] = {
     "stable-diffusion": stable_diffusion,
