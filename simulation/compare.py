@@ -86,7 +86,8 @@ def compare_systems(
     for number, (system, budgets, study, mode, arm) in enumerate(wanted, 1):
         say(f"arm {number} of {len(wanted)}: {arm.name}")
         folder, metrics = simulate(arm, home, data, resume=resume, engine=engine)
-        entries.append(Entry(system.name, mode, budgets, study, metrics, folder))
+        memory = system.memory[arm.privacy.enabled]
+        entries.append(Entry(system.name, mode, budgets, study, memory, metrics, folder))
     page = home / "runs" / f"{values['name']}-compare.html"
     return write_systems(page, str(values.get("title") or values["name"]), entries)
 

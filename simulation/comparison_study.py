@@ -6,19 +6,21 @@ that comes of it is an ordinary study.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from polyclinic.common.cost import view_flops
-from polyclinic.common.generators.base import load_family
+from polyclinic.common.progress import track
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.section import Section
 from polyclinic.common.study import Study, explain, parse_study
-from polyclinic.server.plan import local_files
-from polyclinic.simulation.random_checkpoints import MAKERS, RANDOM_WEIGHTS, STAND_INS, save
+from polyclinic.server.plan import local_files, plan
+from polyclinic.server.plan_memory import training_memory
+from polyclinic.simulation.random_checkpoints import MAKERS, RANDOM_WEIGHTS, STAND_INS, prior_of, save
 
 NOTICE = (
     "Generators here stand on small checkpoints with random weights. These numbers describe plumbing, not "
@@ -60,6 +62,7 @@ class System:
     Attributes:
         name: Short name.
         flops: Operations of one view, forward and backward, as `plan` counts them.
+        memory: Private or not, to the bytes that training takes on a GPU, as `plan` forecasts them.
         at_images: Its private study at as many images seen as every other.
         at_hours: The same with its steps scaled to as many operations as every other; the same study where
             that changes nothing.
@@ -67,6 +70,7 @@ class System:
 
     name: str
     flops: int
+    memory: dict[bool, int]
     at_images: Study
     at_hours: Study
 
@@ -102,21 +106,47 @@ def systems_of(values: dict[str, Any], source: str, home: Path) -> list[System]:
     if any(system.generator.get("base") == RANDOM_WEIGHTS for system in settings.systems.values()):
         shared = {**shared, "notice": NOTICE}
     studies = {name: _study(shared, name, system, source, home) for name, system in settings.systems.items()}
-    if next(iter(studies.values())).cost.gpu_flops_per_s is None:
+    first = next(iter(studies.values()))
+    if first.cost.gpu_flops_per_s is None:
         raise BadInput(
             f"{source}: field `cost.gpu_flops_per_s` is missing: GPU-hours need a GPU's peak; add it"
         )
-    flops = {}
+    if first.simulation is None:
+        raise BadInput(f"{source}: has no [simulation] table to compare on; add one")
+    files, plans = {}, {}
     for name, study in studies.items():
-        if study.simulation is None:
-            raise BadInput(f"{source}: has no [simulation] table to compare on; add one")
-        try:
-            files = local_files(study, source, weights=True)
-            flops[name] = view_flops(load_family(study, files, device="meta", encoders=False))
-        except BadInput as error:
-            raise BadInput(f"{source}: compare.systems.{name}: {error}") from error
-    most = flops[settings.hours_of] if settings.hours_of else max(flops.values())
-    return [System(n, flops[n], s, at_equal_hours(s, most / flops[n])) for n, s in studies.items()]
+        with _naming(source, name):
+            files[name] = local_files(study, source, weights=True)
+    with track("plan every system at both budgets", 2 * len(studies)) as advance:
+        for name, study in studies.items():
+            with _naming(source, name):
+                plans[name] = plan(study, source, memory=True)
+            advance()
+        flops = {name: planned.view_flops for name, planned in plans.items()}
+        most = flops[settings.hours_of] if settings.hours_of else max(flops.values())
+        systems = []
+        for name, study in studies.items():
+            more = at_equal_hours(study, most / flops[name])
+            if more is not study:
+                with _naming(source, name):
+                    plan(more, source)  # its noise must be found, too
+            private = plans[name].memory
+            assert private is not None
+            alone = study.model_copy(update={"privacy": study.privacy.model_copy(update={"enabled": False})})
+            memory = {True: private.total, False: training_memory(alone, files[name]).total}
+            systems.append(System(name, flops[name], memory, study, more))
+            advance()
+    return systems
+
+
+@contextmanager
+def _naming(source: str, name: str) -> Iterator[None]:
+    """Name the system in what is said to be wrong with it."""
+    try:
+        yield
+    except BadInput as error:
+        words = str(error).removeprefix(f"{source}: ")
+        raise BadInput(f"{source}: compare.systems.{name}: {words}") from error
 
 
 def at_equal_hours(study: Study, ratio: float) -> Study:
@@ -158,6 +188,8 @@ def _study(shared: dict[str, Any], name: str, system: SystemSettings, source: st
             )
         folder = save(family, home.resolve() / "bases", **STAND_INS.get(family, {}))
         values["generator"]["base"] = str(folder)
+        if family == "kandinsky-2-2":
+            values["generator"]["prior"] = str(prior_of(folder))
     for table, field, value in (
         ("training", "learning_rate", system.learning_rate),
         ("privacy", "learning_rate", system.private_learning_rate),
@@ -165,6 +197,8 @@ def _study(shared: dict[str, Any], name: str, system: SystemSettings, source: st
     ):
         if value is not None:
             values[table] = {**values.get(table, {}), field: value}
-    values["name"] = f"{str(shared.get('name', ''))[:8]}-{name}{IMAGES}"
-    values["title"] = f"{shared.get('title') or shared.get('name')}: {name}{AT_IMAGES}"
+    values["privacy"] = {**values.get("privacy", {}), "enabled": True}
+    if isinstance(whole := shared.get("name"), str):
+        values["name"] = f"{whole[:8]}-{name}{IMAGES}"
+        values["title"] = f"{shared.get('title') or whole}: {name}{AT_IMAGES}"
     return parse_study(values, label)

@@ -25,6 +25,9 @@ def save(name: str, folder: Path, **changes: Any) -> Path:
         folder: Where its own folder will stand; one that is there is left as it is.
         changes: For the maker, such as `width`.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # small files are written in a blink
     marks = [*(f"{key}-{value}" for key, value in changes.items()), RANDOM_WEIGHTS]
     path = folder / "-".join([name, *marks])
     if not path.exists():
@@ -34,7 +37,7 @@ def save(name: str, folder: Path, **changes: Any) -> Path:
             torch.manual_seed(0)
             MAKERS[name](**changes).save_pretrained(part)
             if name == "kandinsky-2-2" and not prior_of(path).exists():
-                kandinsky_2_2_prior().save_pretrained(prior_of(path))
+                kandinsky_2_2_prior(**changes).save_pretrained(prior_of(path))
         part.rename(path)
     return path
 
@@ -241,15 +244,15 @@ def stable_diffusion_3() -> Any:
     )
 
 
-def kandinsky_2_2() -> Any:
-    """Make the decoder of Kandinsky 2.2."""
+def kandinsky_2_2(width: int = 1) -> Any:
+    """Make the decoder of Kandinsky 2.2; `width` multiplies the UNet's channels."""
     from diffusers import DDPMScheduler, KandinskyV22Pipeline, UNet2DConditionModel
 
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=8,
-        block_out_channels=(16, 32),
+        block_out_channels=(16 * width, 32 * width),
         layers_per_block=1,
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
@@ -275,8 +278,8 @@ def kandinsky_2_2() -> Any:
     return KandinskyV22Pipeline(unet=unet, scheduler=scheduler, movq=movq())
 
 
-def kandinsky_2_2_prior() -> Any:
-    """Make the prior of Kandinsky 2.2."""
+def kandinsky_2_2_prior(width: int = 1) -> Any:
+    """Make the prior of Kandinsky 2.2; `width` multiplies the attention heads."""
     from diffusers import KandinskyV22PriorPipeline, PriorTransformer, UnCLIPScheduler
     from transformers import (
         CLIPImageProcessorPil,
@@ -295,7 +298,11 @@ def kandinsky_2_2_prior() -> Any:
         patch_size=8,
     )
     prior = PriorTransformer(
-        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=24, num_embeddings=77
+        num_attention_heads=2 * width,
+        attention_head_dim=8,
+        num_layers=2,
+        embedding_dim=24,
+        num_embeddings=77,
     )
     for parameter in (prior.positional_embedding, prior.prd_embedding, prior.clip_mean):
         torch.nn.init.normal_(parameter, std=0.5)
@@ -338,11 +345,12 @@ def kandinsky_3(width: int = 1) -> Any:
     )
 
 
-# Wide enough that one view costs about as much as one of the smallest MSDM's, in the order of the real ones.
+# One view costs a little more than one of the smallest MSDM's, in the order of the real ones.
 STAND_INS: dict[str, dict[str, int]] = {
     "stable-diffusion": {"width": 5},
-    "kandinsky-3": {"width": 11},
-    "flux": {"width": 7},
+    "kandinsky-2-2": {"width": 6},
+    "kandinsky-3": {"width": 12},
+    "flux": {"width": 9},
 }
 MAKERS: dict[str, Callable[..., Any]] = {
     "stable-diffusion": stable_diffusion,

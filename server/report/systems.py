@@ -12,7 +12,7 @@ from polyclinic.server.evaluation.estimate import Estimate
 from polyclinic.server.report import wording
 from polyclinic.server.report.comparison import link_to, side_by_side
 from polyclinic.server.report.contest import final_faithfulness, final_kid, winner
-from polyclinic.server.report.costs import LEARNING, PEAKS, total
+from polyclinic.server.report.costs import LEARNING, merged, total
 from polyclinic.server.report.html import REPORT, environment
 from polyclinic.server.report.metrics import Metrics, bytes_moved, first_and_last, worst_epsilon
 from polyclinic.server.report.systems_chart import BUDGETS, Point, systems_frontier
@@ -30,6 +30,7 @@ class Entry:
         mode: How it was trained: pooled, federated or private.
         budgets: Keys of `BUDGETS` under which it stands.
         study: Its system's private federated study: steps, rates and the GPU.
+        memory: Bytes that its training is forecast to take on a GPU.
         metrics: What it came to.
         folder: Its run.
     """
@@ -38,6 +39,7 @@ class Entry:
     mode: str
     budgets: tuple[str, ...]
     study: Study
+    memory: int
     metrics: Metrics
     folder: Path
 
@@ -81,6 +83,7 @@ class Row:
     gpu: str
     flops: str
     peak: str
+    memory: str
     energy: str
     bytes: str
 
@@ -90,8 +93,8 @@ def row_of(entry: Entry, page: Path) -> Row:
     metrics, training = entry.metrics, entry.study.training
     ends = first_and_last(metrics)
     utility = ends[1].utility.overall if ends and ends[1].utility else None
-    peaks = [row.figures[name].value for row in metrics.cost if row.phase == "train"
-             for name in PEAKS if name in row.figures]  # fmt: skip
+    spent = merged(row for row in metrics.cost if row.phase == "train")
+    peak = spent.get("gpu_peak_bytes") or spent.get("peak_bytes")
     energy = total(metrics.cost, "energy_j", LEARNING)
     return Row(
         entry.name,
@@ -106,7 +109,8 @@ def row_of(entry: Entry, page: Path) -> Row:
         wording.number(entry.images),
         wording.gpu_time(entry.gpu_seconds),
         wording.scaled(entry.flops, "FLOP"),
-        wording.scaled(max(peaks), "B") if peaks else wording.DASH,
+        wording.DASH if peak is None else wording.scaled(peak.value, "B"),
+        wording.scaled(entry.memory, "B"),
         wording.DASH if energy is None else wording.energy(energy),
         wording.scaled(sum(bytes_moved(metrics)), "B"),
     )

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from polyclinic.common.study import parse_study
 from polyclinic.server.report.comparison import write_comparison
 from polyclinic.server.report.html import write_report
+from polyclinic.server.report.metrics import Metrics
+from polyclinic.server.report.systems import Entry, write_systems
 from tests.browser import Browser
 from tests.server.report_fakes import fake_run, wider
 
@@ -26,10 +29,28 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "report": write_report(root, metrics),
         "compare": write_comparison(root / "compare.html", [metrics, metrics], [root, root]),
+        "systems": write_systems(root / "systems.html", "Three systems", entries(metrics, root)),
     }
 
 
-@pytest.mark.parametrize("page", ["report", "compare"])
+def entries(metrics: Metrics, root: Path) -> list[Entry]:
+    """Three systems by three arms at both budgets."""
+    values = {
+        "name": "wide",
+        "cost": {"gpu_flops_per_s": 1e12},
+        "evaluation": {"prompts": [{"text": "a polyp"}]},
+        "simulation": {"sites": {name: {"declared_patients": 400} for name in ("north", "coast", "valley")}},
+    }
+    study = parse_study(values, "wide")
+    return [
+        Entry(system, mode, (budget,), study, 10**10, metrics, root)
+        for system in ("msdm", "kandinsky-2-2", "stable-diffusion")
+        for mode in ("pooled", "federated", "private")
+        for budget in ("images", "hours")
+    ]
+
+
+@pytest.mark.parametrize("page", ["report", "compare", "systems"])
 @pytest.mark.parametrize(("width", "dark"), [(360, False), (360, True), (1400, False), (1400, True)])
 def test_quiet_self_contained_and_no_wider_than_the_window(
     browser: Browser, pages: dict[str, Path], page: str, width: int, dark: bool
