@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polyclinic.common.data.holdout import position
+from polyclinic.common.files import canonical_json
 
 L2_GRID = (10.0, 1.0, 0.1, 0.01)
 FOLDS = 3
 FOLD_KEY = "polyclinic-probe-folds"
+REMEMBERED = 64
+_trained: dict[str, Probe] = {}  # oldest first
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ def train_probe(features: Tensor, labels: Sequence[str], patients: Sequence[str]
     """Fit a class-balanced logistic regression; the L2 strength comes from 3-fold cross-validation.
 
     Folds are patient-disjoint and stratified by the patient's first label. The strength with the
-    lowest class-balanced log loss on the held-out folds wins.
+    lowest class-balanced log loss on the held-out folds wins. The last probes are remembered by content:
+    those on real images are asked for again after every judged round.
 
     Args:
         features: Features of the training images, [n, d].
@@ -62,10 +67,20 @@ def train_probe(features: Tensor, labels: Sequence[str], patients: Sequence[str]
     patients = [str(row) for row in range(len(labels))] if patients is None else patients
     if not len(features) == len(labels) == len(patients):
         raise ValueError(f"{len(features)} rows, {len(labels)} labels, {len(patients)} patients")
-    classes = tuple(sorted(set(labels)))
-    if len(classes) < 2:
-        raise ValueError(f"a probe needs two or more different labels, got {classes}")
+    if len(set(labels)) < 2:
+        raise ValueError(f"a probe needs two or more different labels, got {sorted(set(labels))}")
     x = features.double()
+    told = canonical_json([list(x.shape), str(x.device), list(labels), list(patients)])
+    key = hashlib.sha256(told + x.cpu().numpy().tobytes()).hexdigest()
+    if key not in _trained:
+        while len(_trained) >= REMEMBERED:
+            del _trained[next(iter(_trained))]
+        _trained[key] = _train(x, labels, patients)
+    return _trained[key]
+
+
+def _train(x: Tensor, labels: Sequence[str], patients: Sequence[str]) -> Probe:
+    classes = tuple(sorted(set(labels)))
     y = torch.tensor([classes.index(label) for label in labels], device=x.device)
     folds = _folds(labels, patients).to(x.device)
 

@@ -97,6 +97,19 @@ def test_probe_stays_at_chance_on_shuffled_labels_and_shrinks_its_weights() -> N
     assert probe.l2 > train_probe(features, [label["polyp"] for label in labels], patients).l2
 
 
+def test_a_probe_is_trained_again_where_anything_that_it_learns_from_differs() -> None:
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(40, 6, generator=generator)
+    labels, patients = ["yes", "no"] * 20, [str(row // 2) for row in range(40)]
+    probe = train_probe(features, labels, patients)
+    assert train_probe(features.clone(), list(labels), list(patients)) is probe
+    moved = features.clone()
+    moved[7, 3] += 1e-3
+    assert not torch.equal(train_probe(moved, labels, patients).weight, probe.weight)
+    assert not torch.equal(train_probe(features, ["no", *labels[1:]], patients).weight, probe.weight)
+    assert train_probe(features, labels, [str(row) for row in range(40)]) is not probe
+
+
 def test_cross_validation_sees_through_patient_shortcuts() -> None:
     """Labels constant within a patient plus a patient fingerprint: image-wise folds would leak."""
     generator = torch.Generator().manual_seed(9)
