@@ -232,6 +232,13 @@ def test_a_comparison_without_systems_is_refused(
     assert not (tmp_path / "home").exists()
 
 
+def test_systems_are_compared_at_one_epsilon(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    home = tmp_path / "home"
+    assert main(["compare", str(written(tmp_path)), "--epsilon", "1", "--home", str(home)]) == 2
+    assert "privacy.epsilon" in capfd.readouterr().err
+    assert not home.exists()
+
+
 @pytest.mark.parametrize(
     ("rounds", "steps", "ratio"), [(2, 6, 1.347), (2, 6, 2.114), (3, 5, 0.2), (1, 1, 0.1)]
 )
