@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -27,16 +28,19 @@ from polyclinic.common.evaluation_settings import ExtractorSettings
 from polyclinic.common.features.extractor import Extractor
 from polyclinic.common.features.load import load_extractor
 from polyclinic.common.progress import say
+from polyclinic.common.refusals import BadInput
 from polyclinic.common.settings import DataSettings
 from polyclinic.server.evaluation.answers import Labelled
-from polyclinic.server.evaluation.estimate import all_metrics, z_scores
+from polyclinic.server.evaluation.diversity import luminance, mean_similarity, pairs_within
+from polyclinic.server.evaluation.estimate import Estimate, all_metrics, z_scores
 from polyclinic.server.evaluation.features import FeatureStore
 from polyclinic.server.evaluation.jackknife import Jackknifed
 from polyclinic.server.evaluation.probe import measure_faithfulness
 from polyclinic.server.evaluation.split import equal_n, floor
 
 KEY = "evaluation-response"
-METRICS = ("kid", "frechet", "cmmd", "precision", "recall", "density", "coverage", "vendi")
+METRICS = ("kid", "frechet", "cmmd", "precision", "recall", "density", "coverage", "vendi", "ms_ssim")
+COPIED = 5  # images that a collapsed generator draws again and again
 Damage = Callable[[Tensor], Tensor]
 
 
@@ -57,6 +61,7 @@ def noise(level: float) -> Damage:
 
 
 def tint(level: float) -> Damage:
+    """Raise red and lower blue by this share: a grey film's mean change grows in proportion."""
     return lambda x: x * torch.tensor([1 + level, 1.0, 1 - level])[:, None, None]
 
 
@@ -64,7 +69,7 @@ def collapse(share: float) -> Damage:
     def damage(images: Tensor) -> Tensor:
         changed = images.clone()
         rows = torch.arange(round(share * len(images)))
-        changed[rows] = images[rows % 5]
+        changed[rows] = images[rows % COPIED]
         return changed
 
     return damage
@@ -73,8 +78,8 @@ def collapse(share: float) -> Damage:
 LADDERS: dict[str, list[tuple[str, Damage]]] = {
     "blur": [(f"sigma {s:g} px", blur(s)) for s in (0.5, 1.0, 2.0)],
     "noise": [(f"std {s:g}", noise(s)) for s in (0.02, 0.05, 0.1)],
-    "colour": [(f"red +{s:.0%}, blue -{s:.0%}", tint(s)) for s in (0.05, 0.1, 0.2)],
-    "collapse": [(f"{s:.0%} copies of 5", collapse(s)) for s in (0.25, 0.5, 1.0)],
+    "colour": [(f"red +{s:.0%}, blue -{s:.0%}", tint(s)) for s in (0.02, 0.05, 0.1, 0.2, 0.4)],
+    "collapse": [(f"{s:.0%} copies of {COPIED}", collapse(s)) for s in (0.25, 0.5, 1.0)],
 }
 
 
@@ -91,15 +96,44 @@ def without(records: list[Record], label: str, value: str, share: float, n: int)
     return found
 
 
-def rows(
+@dataclass(frozen=True)
+class Response:
+    """What one kind and level of damage does.
+
+    Attributes:
+        damage: Its kind; `none` for images as they are, `floor` for the other half of the reference.
+        level: Its strength, in words.
+        metrics: By name.
+        seen: Share of the images that were to show the value in which a probe sees it; None for the floor.
+    """
+
+    damage: str
+    level: str
+    metrics: dict[str, Jackknifed]
+    seen: Estimate | None
+
+
+def responses(
     extractor: Extractor,
     generator: list[Record],
     reference: list[Record],
     store: FeatureStore,
     n: int,
     missing: tuple[str, str],
-) -> Iterator[str]:
-    """Measure every kind and level of damage on one extractor; one table row each."""
+) -> Iterator[Response]:
+    """Measure every kind and level of damage on one extractor, the weakest level of a kind first.
+
+    Args:
+        extractor: Gives the features.
+        generator: Images that play the drawn ones; the first n are damaged.
+        reference: Images of other patients, at least 2 n and some more, on whom the probe is trained.
+        store: Keeps the features.
+        n: Images a side.
+        missing: Label and value that go missing.
+
+    Raises:
+        BadInput: Too few images for this n.
+    """
     real = store.of_records(extractor, reference).double()
 
     def ready(features: Tensor) -> Tensor:
@@ -108,7 +142,7 @@ def rows(
     patients = [r.patient for r in reference]
     chosen = equal_n([str(i) for i in range(n)], patients, KEY, minimum=n)
     if not chosen.has_floor:
-        raise SystemExit(f"the halves of the reference hold fewer than {n} images: lower -n")
+        raise BadInput(f"the halves of the reference hold fewer than {n} images: lower -n")
     y, y_groups = ready(real)[chosen.reference], [patients[i] for i in chosen.reference]
     drawn, (label, value) = generator[:n], missing
     wanted = [{label: r.labels[label]} for r in drawn]
@@ -118,32 +152,49 @@ def rows(
         for part in ([i for i, p in enumerate(patients) if p not in compared], chosen.reference)
     )
 
-    def row(damage: str, level: str, found: dict[str, Jackknifed], seen: str = "") -> str:
-        cells = [f"{found[m].value:.3g} [{found[m].low:.3g}, {found[m].high:.3g}]" for m in METRICS]
-        say(f"{extractor.name}: {damage} {level}")
-        return f"| {extractor.name} | {damage} | {level} | {' | '.join(cells)} | {seen} |"
-
-    def scored(features: Tensor, of: list[Record]) -> tuple[dict[str, Jackknifed], str]:
+    def response(damage: str, level: str, images: Tensor, of: list[Record]) -> Response:
         names = [r.patient for r in of]
+        features = store.of_images(extractor, images)
         faithful = measure_faithfulness(Labelled(features, wanted, names), probe, holdout, [label])
-        (one,) = (v.seen for v in faithful.rows[0].values if v.value == value)
-        return all_metrics(
-            ready(features), y, names, y_groups
-        ), f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]"
+        (seen,) = (v.seen for v in faithful.rows[0].values if v.value == value)
+        found = all_metrics(ready(features), y, names, y_groups)
+        # Every fifth image counts as a draw of one prompt: copies of five repeat a prompt's first draw.
+        prompts = [str(i % COPIED) for i in range(n)]
+        pairs = pairs_within(prompts)
+        found["ms_ssim"] = mean_similarity(luminance(images), pairs, [prompts[i] for i, _ in pairs])
+        say(f"{extractor.name}: {damage} {level}")
+        return Response(damage, level, found, seen)
 
     images = store.pixels(drawn)
-    yield row("floor", "", floor(ready(real), patients, KEY, n, all_metrics))
-    yield row("none", "", *scored(store.of_images(extractor, images), drawn))
+    yield Response("floor", "", floor(ready(real), patients, KEY, n, all_metrics), None)
+    yield response("none", "", images, drawn)
     for kind, ladder in LADDERS.items():
         for level, damage in ladder:
-            spoiled = (damage(images).clamp(0, 1) * 255).round() / 255
-            yield row(kind, level, *scored(store.of_images(extractor, spoiled), drawn))
+            yield response(kind, level, (damage(images).clamp(0, 1) * 255).round() / 255, drawn)
     for share in (0.25, 0.5, 0.75, 1.0):
         left = without(generator, label, value, share, n)
         if share == 1 and any(r.labels.get(label) == value for r in left):
-            raise SystemExit(f"too few images without {label}={value}: lower -n")
-        found = scored(store.of_records(extractor, left), left)
-        yield row("missing", f"{share:.0%} of {label}={value}", *found)
+            raise BadInput(f"too few images without {label}={value}: lower -n")
+        yield response("missing", f"{share:.0%} of {label}={value}", store.pixels(left), left)
+
+
+def halves(data: Path) -> tuple[list[Record], list[Record]]:
+    """Read a data folder; half of its patients are the generator, the others the reference."""
+    records = read_records(DataSettings(), data)
+    order = sorted(records, key=lambda r: (position(r.patient, KEY), r.patient))
+    first = [r for r in order if position(r.patient, KEY) < 0.5]
+    return first, order[len(first) :]
+
+
+def row(extractor: str, response: Response) -> str:
+    """Write a row of the table."""
+    cells = [
+        f"{x.value:.3g} [{x.low:.3g}, {x.high:.3g}]" if (x := response.metrics.get(name)) else ""
+        for name in METRICS
+    ]
+    seen = response.seen
+    cells.append(f"{seen.value:.2f} [{seen.low:.2f}, {seen.high:.2f}]" if seen else "")
+    return f"| {extractor} | {response.damage} | {response.level} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -156,11 +207,7 @@ def main() -> None:
     parser.add_argument("--extractor", action="append", help="as in a study; may be given again")
     parser.add_argument("--features", type=Path, default=Path(".polyclinic/features"))
     arguments = parser.parse_args()
-    order = sorted(
-        read_records(DataSettings(), arguments.data), key=lambda r: (position(r.patient, KEY), r.patient)
-    )
-    generator = [r for r in order if position(r.patient, KEY) < 0.5]
-    reference = [r for r in order if position(r.patient, KEY) >= 0.5]
+    generator, reference = halves(arguments.data)
     store = FeatureStore(arguments.features, arguments.size, "crop")
     label, value = arguments.missing.split("=")
     lines = [
@@ -172,7 +219,8 @@ def main() -> None:
     ]
     for source in arguments.extractor or ["package:efficientnet-lite0", "radiomic"]:
         extractor = load_extractor(ExtractorSettings(source=source))
-        lines += rows(extractor, generator, reference, store, arguments.n, (label, value))
+        found = responses(extractor, generator, reference, store, arguments.n, (label, value))
+        lines += [row(extractor.name, response) for response in found]
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.out:

@@ -22,6 +22,7 @@ from tests.common.test_near import CHANGES, XRAYS, needs_xrays
 from tests.conftest import MakeStudy
 
 SIZE, COPIED = 64, 40
+LONG = [pytest.mark.long, pytest.mark.timeout(3000)]
 HARDEST = ("blurred", "shifted, brightened, JPEG")
 
 
@@ -66,7 +67,7 @@ class Copied:
 @needs_xrays
 @pytest.mark.parametrize(
     ("components", "changes"),
-    [(10, HARDEST), *(pytest.param(k, tuple(CHANGES), marks=pytest.mark.long) for k in (5, 10, 40))],
+    [(10, HARDEST), *(pytest.param(k, tuple(CHANGES), marks=LONG) for k in (5, 10, 40))],
 )
 def test_changed_copies_of_x_rays_are_found(
     make_study: MakeStudy, tmp_path: Path, components: int, changes: tuple[str, ...]
@@ -90,6 +91,7 @@ def test_changed_copies_of_x_rays_are_found(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3000)
 def test_changed_copies_of_phantoms_are_found_at_the_demos_start(tmp_path: Path) -> None:
     own, public = phantoms(tmp_path / "phantoms", 2 * COPIED)
     approval, _ = trained_site(tmp_path / "home", own, public, private=True, steps=0, store=tmp_path)
