@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -106,18 +106,18 @@ def make_snapshot(home: Path, data: DataSettings, folder: Path) -> dict[str, Any
     accepted = accepted_path(home, data, folder)
     checked = accepted.exists()
     if checked:
-        lines, records = read_lines(accepted), read_list(accepted, folder)
+        records = read_list(accepted, folder)
         try:
             contents = digests(records)
         except OSError as error:
             raise BadInput(f"{error.filename}: gone since it was checked; run `check --fix` again") from error
-        for line, content, record in zip(lines, contents, records, strict=True):
+        for line, content, record in zip(read_lines(accepted), contents, records, strict=True):
             if line["content"] != content:
                 raise BadInput(f"{record.name}: changed since it was checked; run `check --fix` again")
     else:
         records = read_records(data, folder, patient_key(home, data))
         contents = digests(records)
-    lines = [as_line(record, folder, content) for record, content in zip(records, contents, strict=True)]
+    lines = (as_line(record, folder, content) for record, content in zip(records, contents, strict=True))
     write_list(snapshot_path(home, data, folder), lines)
     return {
         "snapshot": snapshot_hash(records, contents),
@@ -158,14 +158,16 @@ def as_line(record: Record, folder: Path, digest: str) -> dict[str, Any]:
     }
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a list as `write_list` wrote it.
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a list as `write_list` wrote it, line by line.
 
     Raises:
         BadInput: It is not there, or was damaged.
     """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        # Names of files may be no UTF-8; and only a line feed ends a line, not what a caption may hold.
+        with path.open(encoding="utf-8", errors="surrogatepass", newline="\n") as file:
+            yield from (json.loads(line) for line in file if line.strip())
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read ({error}); write it again") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from polyclinic.client.check.identifiers import in_text, masked
@@ -52,13 +52,11 @@ class Limit:
             self.most = settings.max_tokens
         self._tokenizer: Any = AutoTokenizer.from_pretrained(text, trust_remote_code=False)
 
-    def lengths(self, captions: Sequence[str]) -> list[int]:
+    def lengths(self, captions: Sequence[str]) -> Iterator[int]:
         """Count each caption's tokens, start and end included."""
-        counts: list[int] = []
         for some in _portions(captions, 1024):
             tokens = self._tokenizer(list(some), truncation=False, return_attention_mask=False, verbose=False)
-            counts += [len(ids) for ids in tokens["input_ids"]]
-        return counts
+            yield from (len(ids) for ids in tokens["input_ids"])
 
 
 def _portions(items: Sequence[str], size: int) -> Any:

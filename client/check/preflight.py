@@ -46,7 +46,7 @@ class Findings:
         self.counts[code] += 1
         kept = self.examples.setdefault(code, [])
         if len(kept) < EXAMPLES:
-            kept.append((where, detail))
+            kept.append((_printable(where), _printable(detail)))
 
     def severity(self, code: str) -> str:
         """Severity of a code, as this person wants it."""
@@ -160,6 +160,11 @@ def _look_at_all(
                 if findings.severity(code) == "error":
                     seen.quarantined.setdefault(place, (code, detail))
             advance()
+
+
+def _printable(text: str) -> str:
+    """A file's name need be no UTF-8; a report is."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _find_duplicates(records: list[Record], seen: Seen, findings: Findings) -> None:

@@ -53,11 +53,13 @@ class Store:
         """
         stat = record.image.stat()
         now = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
-        row = self._one("SELECT content FROM seen WHERE file = ? AND stat = ?", record.name, now)
+        # A name need be no UTF-8; two that look alike then have other inodes.
+        name = record.name.encode("utf-8", "replace").decode()
+        row = self._one("SELECT content FROM seen WHERE file = ? AND stat = ?", name, now)
         if row:
             return row
         content = image_digest(record.image, record.part)
-        self._write("INSERT OR REPLACE INTO seen VALUES (?, ?, ?)", record.name, now, content)
+        self._write("INSERT OR REPLACE INTO seen VALUES (?, ?, ?)", name, now, content)
         return content
 
     def find(self, content: str, suffix: str) -> dict[str, Any] | None:

@@ -82,7 +82,7 @@ def test_damaged_characters_are_found() -> None:
 def test_length_is_counted_by_the_encoder_s_own_tokenizer(tmp_path: Path) -> None:
     limit = Limit(GENERATOR)
     # WordPiece: [CLS] a polyp [SEP]; "polyp" is two pieces of this vocabulary.
-    assert limit.lengths(["a", ""]) == [3, 2]
+    assert [*limit.lengths(["a", ""])] == [3, 2]
     draw(1).save(tmp_path / "a.png")
     draw(2).save(tmp_path / "b.png")
     data = table(tmp_path, f"a.png,{'word ' * 14}end,p", f"b.png,{'word ' * 14},q")

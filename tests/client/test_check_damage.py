@@ -13,10 +13,11 @@ from typing import Any
 import pydicom
 import pytest
 
+from polyclinic.client import cli
 from polyclinic.client.check.codes import CODES
 from polyclinic.client.check.preflight import preflight
 from polyclinic.client.check.worker import MEMORY
-from polyclinic.client.intake import make_snapshot
+from polyclinic.client.intake import make_snapshot, site_records
 from polyclinic.common.data.images import UnusableImage, open_image
 from polyclinic.common.data.sources import read_records
 from polyclinic.common.generator_settings import GeneratorSettings
@@ -191,6 +192,20 @@ def test_damaged_json_lines(line: bytes, words: str, tmp_path: Path) -> None:
     else:
         facts = preflight(tmp_path / "home", tmp_path, data, GENERATOR, fix=True)
         assert {row["code"] for row in facts["findings"]} >= {"caption-encoding"}
+
+
+def test_lists_hold_whatever_a_caption_or_a_file_s_name_may_hold(tmp_path: Path) -> None:
+    folder, home = tmp_path / "data", tmp_path / "home"
+    folder.mkdir()
+    name = os.fsdecode(b"film\xff\n.dcm")
+    write_dicom(folder / name, gray())
+    said = "a film\u2028of\x85a chest"
+    (folder / "images.csv").write_text(f"SOPInstanceUID,caption\n1.2.3,{said}\n", encoding="utf-8")
+    data = DataSettings(source="dicom")
+    assert cli.main(["check", str(folder), "--source", "dicom", "--fix", "--home", str(home)]) == 0
+    assert make_snapshot(home, data, folder)["checked"]
+    (record,) = site_records(home, data, folder)
+    assert (record.image, record.captions) == (folder / name, (said,))
 
 
 def test_a_file_that_grows_while_it_is_read_stops_the_snapshot(tmp_path: Path) -> None:
