@@ -105,7 +105,7 @@ def single_metrics(x: Tensor, y: Tensor, prompts: list[str], patients: list[str]
             if oracle is not None:
                 times[1].append(seconds(oracle))
         other = f"{statistics.median(times[1]):.2f}" if oracle is not None else ""
-        print(f"| of these: {name} | {statistics.median(times[0]):.2f} | {other} |", flush=True)
+        print(f"| {name} | {statistics.median(times[0]):.2f} | {other} |", flush=True)
 
 
 def study_of(n: int, size: int) -> Study:
