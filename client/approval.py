@@ -33,7 +33,7 @@ from polyclinic.common.data.table import Record
 from polyclinic.common.device import pick_device
 from polyclinic.common.features.efficientnet import efficientnet
 from polyclinic.common.features.extractor import Extractor
-from polyclinic.common.files import sha256_file, write_atomic, write_json_atomic
+from polyclinic.common.files import sha256_file, write_atomic
 from polyclinic.common.generators.base import BaseFiles, load_family
 from polyclinic.common.generators.quantized import check_quantized
 from polyclinic.common.privacy.accounting import claim
@@ -266,7 +266,8 @@ def _write(home: Path, approval: Approval, records: list[Record]) -> None:
         watch_data(_watched(home, approval), home, approval.data, approval.resolved.study.data, records)
     if approval.resolved.study.releases.leakage_gate:  # the gate looks at images again, months later
         rows = [[r.patient, str(r.image.resolve()), r.part] for r in records]
-        write_json_atomic(images_path(home, approval), rows, mode=0o600)
+        # In ASCII: a name need be no UTF-8.
+        write_atomic(images_path(home, approval), json.dumps(rows).encode(), mode=0o600)
     path = folder / f"{approval.resolved.hash}.json"
     write_atomic(path, approval.model_dump_json(indent=1).encode(), mode=0o600)
 
