@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from polyclinic.common.cost_settings import CostSettings
+from polyclinic.common.files import write_json_atomic
+from polyclinic.common.study import Resolved, Study
 from polyclinic.server.evaluation.audit import LowerBound, Measured, SiteAudit
 from polyclinic.server.evaluation.estimate import Estimate, Fidelity
 from polyclinic.server.evaluation.probe import ConceptFaithfulness, Faithfulness
@@ -32,6 +34,15 @@ PROMPTS = [
     "Generate an image with a polyp of size 5-10mm in the upper-left.",
 ]
 SITES = {"north": 400, "coast": 400, "valley": 380}
+
+
+def begun_run(home: Path, study: Study) -> Path:
+    """The folder of a run that has its study and no round yet."""
+    resolved = Resolved(study=study, base_hash="b" * 64, start_hash="0" * 64, reference_hash="0" * 64)
+    folder = home / "runs" / "tiny-12345678"
+    folder.mkdir(parents=True)
+    write_json_atomic(folder / "study.json", resolved.model_dump(mode="json"))
+    return folder
 
 
 def estimate(value: float, half: float, floor: float | None = None, note: str = "") -> Estimate:

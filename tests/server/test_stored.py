@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.study import Resolved
 from polyclinic.server import cli
 from polyclinic.server.checkpoints import Checkpoint, RoundRecord, save_checkpoint
 from polyclinic.server.evaluation.judge import judgement_path, read_judgement
 from polyclinic.server.evaluation.measure import Judgement
 from polyclinic.server.report.html import read_metrics, write_report
 from tests.conftest import MakeStudy
-from tests.server.report_fakes import fake_run, wider
+from tests.server.report_fakes import begun_run, fake_run, wider
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -23,11 +22,7 @@ Change = Callable[[dict[str, Any]], object]
 @pytest.fixture
 def run_dir(tmp_path: Path, make_study: MakeStudy) -> Path:
     """A run that was only begun."""
-    study = make_study(privacy={"enabled": False})
-    resolved = Resolved(study=study, base_hash="b" * 64, start_hash="0" * 64, reference_hash="0" * 64)
-    folder = tmp_path / "runs" / "tiny-12345678"
-    folder.mkdir(parents=True)
-    (folder / "study.json").write_text(resolved.model_dump_json())
+    folder = begun_run(tmp_path, make_study(privacy={"enabled": False}))
     save_checkpoint(folder, Checkpoint(RoundRecord(round=0, state_hash="0" * 64), {}, {}))
     return folder
 

@@ -15,12 +15,12 @@ import torch
 
 from polyclinic.common.files import write_json_atomic
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.study import Resolved
 from polyclinic.server import cli
 from polyclinic.server.checkpoints import Checkpoint, RoundRecord, save_checkpoint
 from polyclinic.server.watch import LivePage, serve
 from tests.browser import Browser
 from tests.conftest import MakeStudy
+from tests.server.report_fakes import begun_run
 from tests.server.rounds_home import FACTS
 
 STATE = {"w": torch.zeros(3)}
@@ -36,11 +36,7 @@ def add_round(run_dir: Path, number: int) -> None:
 @pytest.fixture
 def run_dir(tmp_path: Path, make_study: MakeStudy) -> Path:
     """A real run of three rounds that has not begun its first."""
-    study = make_study(privacy={"enabled": False})
-    resolved = Resolved(study=study, base_hash="b" * 64, start_hash="0" * 64, reference_hash="0" * 64)
-    folder = tmp_path / "runs" / "tiny-12345678"
-    folder.mkdir(parents=True)
-    write_json_atomic(folder / "study.json", resolved.model_dump(mode="json"))
+    folder = begun_run(tmp_path, make_study(privacy={"enabled": False}))
     write_json_atomic(folder / "sites.json", ["a", "b"])
     add_round(folder, 0)
     return folder

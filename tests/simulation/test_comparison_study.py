@@ -127,6 +127,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "home" / "runs" / "pair-compare.html"
 
 
+@pytest.mark.long
 def test_every_system_has_every_arm_at_both_budgets(page: Path) -> None:
     arms = [(line.budget, line.name) for line in lines(page)]
     budgets = ("At equal images seen", "At equal GPU-hours")
@@ -134,6 +135,7 @@ def test_every_system_has_every_arm_at_both_budgets(page: Path) -> None:
     assert sorted(arms) == sorted(product(budgets, names))
 
 
+@pytest.mark.long
 def test_the_table_says_what_the_runs_metrics_say(page: Path) -> None:
     for line in lines(page):
         metrics = line.metrics
@@ -156,6 +158,7 @@ def images(study: Study) -> float:
     return patients * study.privacy.sampling_rate * study.privacy.views * study.total_steps
 
 
+@pytest.mark.long
 def test_budgets_are_equal_across_systems_and_arms(page: Path) -> None:
     found = lines(page)
     seen = [line for line in found if line.budget == "At equal images seen"]
@@ -169,6 +172,7 @@ def test_budgets_are_equal_across_systems_and_arms(page: Path) -> None:
         assert line.cells[6].startswith(wording.gpu_time(operations(line) / (1e12 * 0.5)))
 
 
+@pytest.mark.long
 def test_every_page_opens_with_what_the_numbers_are_not(page: Path) -> None:
     for path in [page, *(line.folder / "report.html" for line in lines(page))]:
         text = path.read_text(encoding="utf-8")
