@@ -12,7 +12,15 @@ from markupsafe import Markup
 
 from polyclinic.common.files import write_atomic
 from polyclinic.common.stored import read_stored
-from polyclinic.server.report import panels, plots, view, view_cost, view_metrics, wording
+from polyclinic.server.report import (
+    panels,
+    plots,
+    view,
+    view_cost,
+    view_faithfulness,
+    view_metrics,
+    wording,
+)
 from polyclinic.server.report.card import front_matter
 from polyclinic.server.report.cost_summary import summarise_cost
 from polyclinic.server.report.costs import CostSummary
@@ -56,6 +64,8 @@ def context(run_dir: Path, metrics: Metrics) -> dict[str, Any]:
     cosine, official = (view_metrics.latest(metrics, name) for name in ("cosine", "medvqa"))
     utility = view_metrics.latest(metrics, "utility")
     taught = utility.utility if utility is not None else None
+    faithfulness = judged[-1] if judged else None
+    values = view_faithfulness.value_groups(faithfulness)
     return {
         "m": metrics,
         "live": None,
@@ -89,7 +99,10 @@ def context(run_dir: Path, metrics: Metrics) -> dict[str, Any]:
         "last_round": max((r.round for r in metrics.rounds), default=0),
         "fidelity_charts": view.fidelity_charts(metrics),
         "panels": view.faithfulness_panels(metrics),
-        "faithfulness": judged[-1] if judged else None,
+        "faithfulness": faithfulness,
+        "value_groups": values,
+        "value_intervals": view_faithfulness.value_intervals(values),
+        "negations_said": view_faithfulness.negation_sentence(faithfulness),
         "faithfulness_marks": [
             plots.Mark("drawn images, 95 % interval", "--c0"),
             plots.Mark("real images, same probe", "--ceiling"),

@@ -13,6 +13,7 @@ from polyclinic.common.files import write_json_atomic
 from polyclinic.common.study import Resolved, Study
 from polyclinic.server.evaluation.audit import LowerBound, Measured, SiteAudit
 from polyclinic.server.evaluation.estimate import Estimate, Fidelity
+from polyclinic.server.evaluation.negations import ValueFaithfulness
 from polyclinic.server.evaluation.probe import ConceptFaithfulness, Faithfulness
 from polyclinic.server.evaluation.results import (
     ConceptUtility,
@@ -74,6 +75,7 @@ def faithfulness(polyp: float, instrument: float, overlay: float) -> Faithfulnes
         ConceptFaithfulness(
             concept=name, counts={"yes": 160, "no": 160}, accuracy=estimate(value, 0.05),
             real=estimate(ceilings[name], 0.02), chance=0.5,
+            values=[value_row(shown, 2 * value - 0.4 if shown == "yes" else 0.4) for shown in ("no", "yes")],
         )
         for name, value in values.items()
     ]  # fmt: skip
@@ -81,7 +83,18 @@ def faithfulness(polyp: float, instrument: float, overlay: float) -> Faithfulnes
     overall = ConceptFaithfulness(
         concept="overall", counts={}, accuracy=estimate(mean, 0.035), real=estimate(0.963, 0.012), chance=0.5
     )
-    return Faithfulness(rows=rows, overall=overall, protocol="polyclinic-faithfulness-1", warnings=[])
+    return Faithfulness(
+        rows=rows, overall=overall, presence=estimate(2 * mean - 0.4, 0.05), absence=estimate(0.4, 0.05),
+        protocol="polyclinic-faithfulness-1", warnings=[],
+    )  # fmt: skip
+
+
+def value_row(value: str, seen: float) -> ValueFaithfulness:
+    """A value seen in this share of the images asked for it, and in 0.3 of the others."""
+    return ValueFaithfulness(
+        value=value, absence=value == "no", seen=estimate(seen, 0.04), otherwise=estimate(0.3, 0.03),
+        real=estimate(0.94, 0.02), shown=estimate(seen + 0.01, 0.05),
+    )  # fmt: skip
 
 
 def picture(rng: np.random.Generator, clarity: float, prompt: int, size: int) -> Image.Image:
