@@ -25,6 +25,7 @@ from polyclinic.common.progress import track
 from polyclinic.common.refusals import BadInput
 from polyclinic.server.evaluation.bootstrap import draw_weights, group_counts
 from polyclinic.server.evaluation.estimate import Estimate
+from polyclinic.server.evaluation.features import check_finite
 from polyclinic.server.evaluation.results import PromptCosine
 
 FIELD = "evaluation.clip_model"
@@ -92,13 +93,16 @@ def prompt_cosine(
         device: Where to compute.
 
     Raises:
-        BadInput: The model is not there, or is not such a model.
+        BadInput: The model is not there, is not such a model, or gives embeddings that are not finite.
     """
     if settings.clip_model is None:
         return None
     folder = resolve(settings.clip_model, settings.clip_revision, FIELD)
     clip, names = load_clip(folder, settings.clip_model, device), list(dict.fromkeys(prompts))
     embedded, texts = image_embeddings(clip, images), text_embeddings(clip, names)
+    drawn = [f"drawn image {number}" for number in range(1, len(images) + 1)]
+    for rows, shown in ((embedded, drawn), (texts, [f'the prompt "{name[:60]}"' for name in names])):
+        check_finite(clip.name, rows, shown, f"name another {FIELD}")
     return measure_cosine(embedded, prompts, texts, names, settings.clip_model)
 
 

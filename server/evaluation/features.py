@@ -1,8 +1,14 @@
-"""Features of images, computed once: kept in a folder by the hash of the images and of the extractor."""
+"""Features of images, computed once: kept in a folder by the hash of the images and of the extractor.
+
+An extractor without weights is its code, and what one with weights gives follows from code as well, so the
+hash of that code is part of the name under which features are kept.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +16,21 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from polyclinic.common.data import pixels, preprocess
 from polyclinic.common.data.pixels import digests, load_pixels
 from polyclinic.common.data.table import Record
 from polyclinic.common.features.extractor import Extractor
-from polyclinic.common.files import canonical_json, write_atomic
+from polyclinic.common.files import canonical_json, sha256_file, write_atomic
 from polyclinic.common.generators.base import in_batches
 from polyclinic.common.progress import track
+from polyclinic.common.refusals import BadInput
 
 AT_ONCE = 64
+# What happens to an image from its file to its features.
+CODE = (
+    *sorted(Path(inspect.getfile(Extractor)).parent.glob("*.py")),
+    *(Path(module.__file__) for module in (pixels, preprocess)),
+)
 
 
 class FeatureStore:
@@ -34,8 +47,12 @@ class FeatureStore:
         self._kept: dict[str, Tensor] = {}
 
     def of_images(self, extractor: Extractor, images: Tensor) -> Tensor:
-        """Features [N, d] of images [N, 3, H, W] in [0, 1]."""
-        pixels = hashlib.sha256(images.float().contiguous().numpy().tobytes()).hexdigest()
+        """Features [N, d] of images [N, 3, H, W] in [0, 1].
+
+        Raises:
+            BadInput: An image or the extractor is broken, so that features are not finite.
+        """
+        content = hashlib.sha256(images.float().contiguous().numpy().tobytes()).hexdigest()
 
         def compute() -> Tensor:
             parts = []
@@ -43,12 +60,19 @@ class FeatureStore:
                 for batch in images.split(AT_ONCE):
                     parts.append(extractor.extract(batch))
                     advance(len(batch))
-            return torch.cat(parts)
+            found = torch.cat(parts)
+            names = [f"drawn image {number}" for number in range(1, len(images) + 1)]
+            check_finite(extractor.name, found, names, "the generator diverged: lower its learning rate")
+            return found
 
-        return self._features(extractor, ["pixels", list(images.shape), pixels], compute)
+        return self._features(extractor, ["pixels", list(images.shape), content], compute)
 
     def of_records(self, extractor: Extractor, records: list[Record]) -> Tensor:
-        """Features [N, d] of reference images, preprocessed as the training images were."""
+        """Features [N, d] of reference images, preprocessed as the training images were.
+
+        Raises:
+            BadInput: An image or the extractor is broken, so that features are not finite.
+        """
 
         def compute() -> Tensor:
             parts = []
@@ -56,7 +80,10 @@ class FeatureStore:
                 for batch in in_batches(records, AT_ONCE):
                     parts.append(extractor.extract(self.pixels(batch)))
                     advance(len(batch))
-            return torch.cat(parts)
+            found = torch.cat(parts)
+            names = [str(record.image) for record in records]
+            check_finite(extractor.name, found, names, "take the image out of the reference or replace it")
+            return found
 
         return self._features(extractor, self.names(records), compute)
 
@@ -85,4 +112,38 @@ class FeatureStore:
         return self._kept[key]
 
     def _features(self, extractor: Extractor, what: list[object], compute: Callable[[], Tensor]) -> Tensor:
-        return self.once([extractor.name, extractor.preprocessing, extractor.weights, what], compute)
+        recipe = [extractor.name, extractor.preprocessing, extractor.weights, code_hashes(CODE), what]
+        return self.once(recipe, compute)
+
+
+@functools.cache
+def code_hashes(files: tuple[Path, ...]) -> list[str]:
+    """Hash each of these files, once a process."""
+    return [sha256_file(path) for path in files]
+
+
+def check_finite(extractor: str, found: Tensor, names: list[str], fix: str) -> None:
+    """Refuse features [N, d] that no metric can use.
+
+    Args:
+        extractor: Name of what gave them.
+        found: The features.
+        names: What each row is of.
+        fix: What to do about an image that is broken.
+
+    Raises:
+        BadInput: Some are NaN or infinite; names the first image, or, where none is finite, the extractor.
+    """
+    broken = [
+        name for name, whole in zip(names, found.isfinite().all(dim=1).tolist(), strict=True) if not whole
+    ]
+    if broken and len(broken) == len(names):
+        raise BadInput(
+            f"{extractor}: its features of all {len(names)} images, {broken[0]} first, are NaN or infinite; "
+            f"check the extractor's weights, or {fix}"
+        )
+    if broken:
+        raise BadInput(
+            f"{extractor}: its features of {len(broken)} of {len(names)} images, {broken[0]} first, are NaN or "
+            f"infinite; {fix}"
+        )

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 from polyclinic.common.data.table import Record
 from polyclinic.common.features.extractor import Extractor
+from polyclinic.common.refusals import BadInput
+from polyclinic.server.evaluation import features
 from polyclinic.server.evaluation.features import FeatureStore
 
 
@@ -60,3 +63,32 @@ def test_features_of_records_follow_the_files_content(tmp_path: Path) -> None:
     assert store.of_records(_extractor(forward), records).tolist()[0] == [0, 0, 1]
     padded = FeatureStore(tmp_path / "features", 8, "pad").of_records(_extractor(forward), records)
     assert 0 < float(padded[0, 2]) < 1
+
+
+def test_features_that_no_metric_can_use_name_the_image_or_the_extractor(tmp_path: Path) -> None:
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    images[2, 0, 0, 0] = float("nan")
+    store = FeatureStore(tmp_path / "features", 8, "crop")
+    for _ in range(2):  # nothing broken was kept
+        with pytest.raises(BadInput, match="means: .* of 1 of 4 images, drawn image 3 first, are NaN"):
+            store.of_images(_extractor(Counting()), images)
+    path = tmp_path / "grey.png"
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(path)
+    with pytest.raises(BadInput, match=r"1 of 1 images, .*grey\.png first.* check the weights"):
+        store.of_records(_extractor(Counting(float("inf"))), [Record("p", path, ("x",))])
+
+
+def test_other_code_makes_the_features_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, forward = torch.rand(2, 3, 8, 8), Counting()
+    for number, text in enumerate(("one", "another"), start=1):
+        code = tmp_path / f"{number}.py"
+        code.write_text(text)
+        monkeypatch.setattr(features, "CODE", (code,))
+        for _ in range(2):
+            FeatureStore(tmp_path, 8, "crop").of_images(_extractor(forward), images)
+        assert forward.seen == number * len(images)
+
+
+def test_what_turns_a_file_into_features_is_in_their_name() -> None:
+    names = {path.name for path in features.CODE}
+    assert {"radiomic.py", "efficientnet.py", "near.py", "hub.py", "pixels.py", "preprocess.py"} <= names
