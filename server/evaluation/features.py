@@ -29,7 +29,7 @@ AT_ONCE = 64
 # What happens to an image from its file to its features.
 CODE = (
     *sorted(Path(inspect.getfile(Extractor)).parent.glob("*.py")),
-    *(Path(module.__file__) for module in (pixels, preprocess)),
+    *(Path(inspect.getfile(module)) for module in (pixels, preprocess)),
 )
 
 
@@ -134,16 +134,11 @@ def check_finite(extractor: str, found: Tensor, names: list[str], fix: str) -> N
     Raises:
         BadInput: Some are NaN or infinite; names the first image, or, where none is finite, the extractor.
     """
-    broken = [
-        name for name, whole in zip(names, found.isfinite().all(dim=1).tolist(), strict=True) if not whole
-    ]
-    if broken and len(broken) == len(names):
-        raise BadInput(
-            f"{extractor}: its features of all {len(names)} images, {broken[0]} first, are NaN or infinite; "
-            f"check the extractor's weights, or {fix}"
-        )
+    whole = found.isfinite().all(dim=1).tolist()
+    broken = [name for name, fine in zip(names, whole, strict=True) if not fine]
     if broken:
+        weights = "check the extractor's weights, or " if len(broken) == len(names) else ""
         raise BadInput(
-            f"{extractor}: its features of {len(broken)} of {len(names)} images, {broken[0]} first, are NaN or "
-            f"infinite; {fix}"
+            f"{extractor}: {len(broken)} of {len(names)} images have features that are not finite, "
+            f"{broken[0]} first; {weights}{fix}"
         )

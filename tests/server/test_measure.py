@@ -126,7 +126,7 @@ def test_what_weakens_or_stops_a_judgement_is_said(
         measure(1, drawn_for(study, torch.zeros(60, 3, 40, 40)), reference, study, store)
     broken = _discs(60, generator)
     broken[7, 0, 0, 0] = torch.nan
-    with pytest.raises(BadInput, match="1 of 60 synthetic images have features that are not finite"):
+    with pytest.raises(BadInput, match="1 of 60 images have features that are not finite, drawn image 8"):
         measure(1, drawn_for(study, broken), reference, study, store)
 
     two = make_study(evaluation={"prompts": PROMPTS[:2], "draws": 30})
