@@ -154,12 +154,12 @@ def fidelity_card(metrics: Metrics) -> Card:
     kid = ends[1].fidelity.kid
     start = ends[0].fidelity.kid if ends[0].round != ends[1].round else None
     interval = wording.interval(kid)
-    lines = [f"95 % interval {interval}" if interval else "no interval", floor_words(kid)]
+    # A narrow screen shows the first three: no number goes without its interval, floor and sample size.
+    lines = [f"95 % interval {interval}" if interval else "no interval", floor_words(kid), sample_size(kid)]
     if start is not None:
         lines.append(
             f"{number(start.value)} at {'the start' if ends[0].round == 0 else f'round {ends[0].round}'}"
         )
-    lines.append(sample_size(kid))
     return Card("Fidelity (KID, lower is better)", number(kid.value), lines, scale=scale_of(kid, start))
 
 
@@ -174,10 +174,11 @@ def epsilon_card(metrics: Metrics) -> Card:
     lines = [f"claimed{at}, {wording.count(len(metrics.sites), 'site')}"]
     alarmed = [a.site for a in metrics.audit if a.alarms]
     bounds = [a.bound.epsilon for a in metrics.audit if a.bound is not None]
+    reach = audit_reach(metrics)
     if alarmed:
-        lines.append(f"AUDIT ALARM at {wording.listed(alarmed)}")
+        lines.append(f"AUDIT ALARM at {wording.listed(alarmed)}; {reach}")
     elif metrics.audit:
-        lines.append("audited: the noise is as claimed")
+        lines.append(f"{reach}: the noise is as claimed")
     else:
         lines.append("not audited")
     if bounds:
@@ -188,6 +189,13 @@ def epsilon_card(metrics: Metrics) -> Card:
     return Card(
         title, wording.bound(epsilon), lines, alarm=bool(alarmed), scale=epsilon_scale(epsilon, bounds, caps)
     )
+
+
+def audit_reach(metrics: Metrics) -> str:
+    """Say at how many sites the tap was read, and whether their coins are still to be revealed."""
+    sites = len({s.name for s in metrics.sites} | {a.site for a in metrics.audit})
+    so_far = "" if all(a.revealed for a in metrics.audit) else " so far"
+    return f"audited at {len(metrics.audit)} of {wording.count(sites, 'site')}{so_far}"
 
 
 def epsilon_scale(epsilon: float, bounds: list[float], caps: list[float]) -> Scale | None:
@@ -220,9 +228,9 @@ def cost_card(metrics: Metrics) -> Card:
         if value:
             if not metrics.simulated:
                 lines.append("the coordinator's computing; sites keep theirs")
-            figure, _, unit = wording.seconds(value).rpartition(" ")
+            figure, _, unit = wording.seconds(value).rpartition(wording.GAP)
             return Card(f"Cost ({NAMES[name][0]})", figure, lines, unit=unit)
-    figure, _, unit = wording.seconds(metrics.seconds_total).rpartition(" ")
+    figure, _, unit = wording.seconds(metrics.seconds_total).rpartition(wording.GAP)
     return Card("Cost (wall time)", figure, lines[1:] or ["nothing else was measured"], unit=unit)
 
 

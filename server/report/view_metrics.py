@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from polyclinic.server.evaluation.estimate import Estimate, Fidelity
-from polyclinic.server.evaluation.results import NearCopies
+from polyclinic.server.evaluation.results import NearCopies, SiteGate
 from polyclinic.server.report import panels, plots, wording
 from polyclinic.server.report.metrics import Metrics, RoundFacts, evaluated_rounds, first_and_last
-from polyclinic.server.report.wording import DASH, number
+from polyclinic.server.report.wording import DASH, GAP, number
 
 # Name in the metrics to its title and what is better.
 TITLES = {
@@ -103,8 +103,13 @@ def near_copies(metrics: Metrics) -> list[NearCopies]:
 def shares(estimate: Estimate) -> str:
     """Write a small share in percent with its interval."""
     if estimate.low is None or estimate.high is None:
-        return f"{100 * estimate.value:.1f} %"
-    return f"{100 * estimate.value:.1f} % ({100 * estimate.low:.1f} to {100 * estimate.high:.1f} %)"
+        return f"{100 * estimate.value:.1f}{GAP}%"
+    return f"{100 * estimate.value:.1f}{GAP}% ({100 * estimate.low:.1f} to {100 * estimate.high:.1f}{GAP}%)"
+
+
+def gate_words(gate: SiteGate) -> str:
+    """What a site answered; that the images were held back is a person's veto, and is called so."""
+    return "veto: not released" if gate.verdict == "not released" else gate.verdict
 
 
 def leakage_sentences(metrics: Metrics) -> list[str]:
@@ -131,7 +136,7 @@ def leakage_sentences(metrics: Metrics) -> list[str]:
         said.append(
             f"By {near.measure}, to {near.found:,} of {near.n:,} public patients whom the start has seen a "
             f"drawn image comes nearer than the threshold: {shares(near.share)}. Of public patients whom it "
-            f"has not seen {100 * near.expected:.1f} % fall below it. Such drawn images: {near.images:,}."
+            f"has not seen {100 * near.expected:.1f}{GAP}% fall below it. Such drawn images: {near.images:,}."
         )
     return said
 

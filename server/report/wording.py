@@ -9,6 +9,8 @@ from polyclinic.server.evaluation.estimate import Estimate
 from polyclinic.server.report.metrics import Metrics
 
 DASH = "–"
+# Between a number and its unit: it never breaks, so that no column or sheet of paper parts the two.
+GAP = "\u00a0"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -40,7 +42,7 @@ def bound(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     """Write a share as a whole percentage."""
-    return DASH if value is None else f"{100 * value:.0f}\u00a0%"
+    return DASH if value is None else f"{100 * value:.0f}{GAP}%"
 
 
 def interval(estimate: Estimate) -> str:
@@ -72,18 +74,18 @@ def points_interval(estimate: Estimate) -> str:
 def seconds(value: float) -> str:
     """Write a duration in seconds, minutes, hours or days."""
     if value < 120:
-        return f"{number(value)} s"
+        return f"{number(value)}{GAP}s"
     for size, unit in ((86400.0 * 2, "days"), (7200.0, "h"), (120.0, "min")):
         if value >= size:
-            return f"{number(value / {'days': 86400.0, 'h': 3600.0, 'min': 60.0}[unit])} {unit}"
-    return f"{number(value)} s"
+            return f"{number(value / {'days': 86400.0, 'h': 3600.0, 'min': 60.0}[unit])}{GAP}{unit}"
+    return f"{number(value)}{GAP}s"
 
 
 def gpu_time(spent: float) -> str:
     """Write seconds of GPU time in hours, or in less where it is little."""
     if spent < 1:
-        return f"{number(1e3 * spent)} ms"
-    return seconds(spent) if spent < 360 else f"{number(spent / 3600)} h"
+        return f"{number(1e3 * spent)}{GAP}ms"
+    return seconds(spent) if spent < 360 else f"{number(spent / 3600)}{GAP}h"
 
 
 def scaled(value: float, unit: str, step: float = 1000.0) -> str:
@@ -92,7 +94,7 @@ def scaled(value: float, unit: str, step: float = 1000.0) -> str:
     size = 0
     while abs(value) >= step and size < len(prefixes) - 1:
         value, size = value / step, size + 1
-    return f"{number(value)} {prefixes[size]}{unit}"
+    return f"{number(value)}{GAP}{prefixes[size]}{unit}"
 
 
 def axis_unit(largest: float, unit: str) -> tuple[float, str]:
@@ -111,9 +113,9 @@ def axis_unit(largest: float, unit: str) -> tuple[float, str]:
 def energy(joules: float) -> str:
     """Write an energy in joules, watt-hours or kilowatt-hours."""
     if joules < 360:
-        return f"{number(joules)} J"
+        return f"{number(joules)}{GAP}J"
     hours = joules / 3600
-    return f"{number(hours)} Wh" if hours < 1000 else f"{number(hours / 1000)} kWh"
+    return f"{number(hours)}{GAP}Wh" if hours < 1000 else f"{number(hours / 1000)}{GAP}kWh"
 
 
 def quantity(value: float, unit: str) -> str:

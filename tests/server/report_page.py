@@ -60,3 +60,11 @@ def assert_self_contained(text: str) -> None:
                 assert "url(http" not in (value or "")
     assert "@import" not in text
     assert not re.search(r"url\(\s*['\"]?(https?:)?//", text)
+
+
+def table(text: str, label: str) -> list[list[str]]:
+    """Visible text of every cell in the body of the table that lies in the region of this label."""
+    body = re.search(rf'aria-label="{label}".*?<tbody>(.*?)</tbody>', text, re.DOTALL)
+    assert body is not None, label
+    rows = re.findall(r"<tr.*?</tr>", body.group(1), re.DOTALL)
+    return [[Page(cell).text for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL)] for row in rows]

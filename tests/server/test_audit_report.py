@@ -135,7 +135,8 @@ def test_report_shows_alarms_and_what_they_are_worth(tmp_path: Path) -> None:
     assert_self_contained(text)
     page = Page(text).text
     for wanted in ("ALARM <b>coast</b>: round 1: noise measured 0.5", "passes so far", "coins not revealed",
-                   "AUDIT ALARM at <b>coast</b>", "A low bound proves nothing"):  # fmt: skip
+                   "AUDIT ALARM at <b>coast</b>; audited at 3 of 4 sites so far",
+                   "Not audited: coast.", "A low bound proves nothing"):  # fmt: skip
         assert wanted in page, wanted
     assert read_metrics(tmp_path / "metrics.json").audit == entries
     assert "ALARM" in (tmp_path / "MODEL_CARD.md").read_text()

@@ -77,7 +77,7 @@ def test_stragglers_held_the_others_by_what_they_took_beyond_the_next() -> None:
     assert (late.site, late.slowest, late.held_s, late.absent) == ("late", 1, 15.0, 1)
     assert (b.site, b.slowest, b.held_s, b.absent) == ("b", 1, 4.0, 0)
     assert straggler_sentences(summary())[0] == (
-        "late: slowest in 1 round, by 15 s beyond the next in all; absent from 1 round"
+        "late: slowest in 1 round, by 15\u00a0s beyond the next in all; absent from 1 round"
     )
 
 
@@ -93,7 +93,9 @@ def test_waste_is_told_by_its_reason() -> None:
     assert (rejected.what, rejected.times, rejected.flops) == ("a reply that the server rejected", 1, 1e12)
     assert late.times == 1
     assert (silent.times, silent.flops) == (1, 1e12)  # at most one round of site a
-    assert waste_sentences(summary())[0].endswith("1 TFLOP, 10 s of computing and 500 MB received")
+    assert waste_sentences(summary())[0].endswith(
+        "1\u00a0TFLOP, 10\u00a0s of computing and 500\u00a0MB received"
+    )
 
 
 def test_co2_needs_an_intensity_with_its_source_and_money_a_price() -> None:
@@ -122,7 +124,9 @@ def test_the_price_of_a_kid_is_that_of_the_first_judged_round_at_or_below_it() -
     assert (found.quantity, found.round, found.before) == ("cpu_s", 4, 2)
     assert found.value == 100 + 7 + 60 + 200 + 2
     assert found.value_before == 100 + 7 + 60 + 2
-    assert "took at most 6.15 min of CPU time, judging apart: first seen at round 4" in target_sentence(found)
+    assert "took at most 6.15\u00a0min of CPU time, judging apart: first seen at round 4" in target_sentence(
+        found
+    )
     exactly = target(entries, rounds, 0.05)
     assert exactly is not None
     assert exactly.round == 2

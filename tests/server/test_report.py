@@ -298,8 +298,8 @@ def test_wording() -> None:
     ]  # fmt: skip
     # An upper bound is never rounded down, and a round one stays.
     assert [wording.bound(v) for v in (7.801, 7.8, 8.0, 1e-5)] == ["7.81", "7.8", "8", "1e-5"]
-    assert wording.seconds(7.43 * 60) == "7.43 min"
-    assert wording.scaled(3 * 17_400_000, "B") == "52.2 MB"
+    assert wording.seconds(7.43 * 60) == "7.43\u00a0min"
+    assert wording.scaled(3 * 17_400_000, "B") == "52.2\u00a0MB"
     assert spread(list(range(100)), 4) == [0, 33, 66, 99]
 
 

@@ -72,6 +72,10 @@ def test_first_screen_has_verdict_numbers_and_pictures(browser: Browser, pages: 
         for part in (".headline", ".card:nth-child(3) .figure", ".strip img"):
             top = shown.evaluate(f"document.querySelector({part!r}).getBoundingClientRect().top")
             assert top < height, (part, width)
+        # innerText leaves out what is not shown: the KID has its interval, floor and size at every width.
+        said = str(shown.evaluate("document.querySelector('.card').innerText"))
+        for part in ("95 % interval", "floor", "320 images, 96 patients"):
+            assert part in said, (part, width)
         shown.close()
 
 

@@ -9,22 +9,12 @@ from polyclinic.server.evaluation.probe import Faithfulness
 from polyclinic.server.report.html import write_report
 from polyclinic.server.report.metrics import Metrics
 from tests.server.report_fakes import estimate, faithfulness, fake_run, value_row
-from tests.server.report_page import Page
+from tests.server.report_page import Page, table
 
 
 def of(metrics: Metrics, found: Faithfulness) -> Metrics:
     last = metrics.rounds[-1].model_copy(update={"faithfulness": found})
     return metrics.model_copy(update={"rounds": [*metrics.rounds[:-1], last]})
-
-
-def cells(row: str) -> list[str]:
-    return [Page(cell).text for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL)]
-
-
-def table(text: str) -> list[list[str]]:
-    body = re.search(r'aria-label="Faithfulness for every value".*?<tbody>(.*?)</tbody>', text, re.DOTALL)
-    assert body is not None
-    return [cells(row) for row in re.findall(r"<tr.*?</tr>", body.group(1), re.DOTALL)]
 
 
 def test_every_value_has_its_row_and_negations_stand_apart(tmp_path: Path) -> None:
@@ -37,7 +27,7 @@ def test_every_value_has_its_row_and_negations_stand_apart(tmp_path: Path) -> No
     one = found.rows[1].model_copy(update={"values": ignored})
     metrics = of(fake_run(tmp_path, last=2), found.model_copy(update={"rows": [found.rows[0], one]}))
     text = write_report(tmp_path, metrics).read_text()
-    rows = table(text)
+    rows = table(text, "Faithfulness for every value")
     assert [row[0] for row in rows] == [
         "what prompts say is there", "polyp: yes", "instrument: yes", "mean over concepts that can be absent",
         "what prompts say is not there (negations)", "polyp: no", "instrument: no",
@@ -66,7 +56,7 @@ def test_many_values_are_folded_and_an_older_run_has_none(tmp_path: Path) -> Non
     page = found.model_copy(update={"rows": [many], "presence": None, "absence": None})
     text = write_report(tmp_path, of(metrics, page)).read_text()
     assert "<summary>Every value that prompts ask for</summary>" in text
-    assert len(table(text)) == 13
+    assert len(table(text, "Faithfulness for every value")) == 13
     assert "negations" not in text
     older = [row.model_copy(update={"values": []}) for row in found.rows]
     text = write_report(tmp_path, of(metrics, found.model_copy(update={"rows": older}))).read_text()
