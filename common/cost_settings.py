@@ -13,7 +13,8 @@ class CostSettings(Section):
     target_kid: float | None = Field(
         None,
         gt=0,
-        description="the report says what it took to a KID of this or less; default: twice the floor",
+        description="the report says what it took to a KID of this or less; default: twice the floor, "
+        "where the floor is clearly above zero",
     )
     grid_gco2_per_kwh: float | None = Field(None, ge=0, description="grams of CO2 equivalent a kWh")
     grid_source: str = Field("", description="where that intensity stands, e.g. its publisher and year")

@@ -252,4 +252,5 @@ def _round(run_dir: Path, resolved: Resolved, record: RoundRecord) -> RoundFacts
         utility=judgement.utility if judgement else None,
         near_copies=judgement.near_copies if judgement else [],
         medvqa=judgement.medvqa if judgement else None,
+        no_fidelity=judgement.no_fidelity if judgement else "",
     )

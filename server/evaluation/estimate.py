@@ -52,6 +52,8 @@ class Estimate(BaseModel):
         groups: Independent groups behind it: patients of the reference, or prompts.
         floor: The same metric between two patient-disjoint halves of the reference at equal n: what a
             perfect generator scores.
+        floor_low: Lower end of the floor's own interval; None where an earlier release wrote it.
+        floor_high: Upper end of that.
         ratio: value / floor; None where the floor cannot be told from zero.
         note: What a reader must know beside the number.
     """
@@ -66,6 +68,8 @@ class Estimate(BaseModel):
     groups: int
     floor: float | None
     ratio: float | None
+    floor_low: float | None = None
+    floor_high: float | None = None
     note: str = ""
 
 
@@ -224,6 +228,19 @@ def check_features(side: str, features: Tensor, groups: Sequence[str], kind: str
         )
 
 
+def too_few_images(drawn: int, real: int) -> str:
+    """Say why fidelity is not measured; "" where both sides have images enough.
+
+    Args:
+        drawn: Images drawn in one evaluation.
+        real: Images in the reference's evaluate part.
+    """
+    sides = ((drawn, "drawn in one evaluation"), (real, "in the reference's evaluate part"))
+    few = [f"{n} {where}" for n, where in sides if n < FEWEST_IMAGES]
+    said = f"it takes {FEWEST_IMAGES} images a side, and there are {' and '.join(few)}"
+    return f"Fidelity was not measured: {said}." if few else ""
+
+
 def with_floor(
     found: Jackknifed, at_floor: Jackknifed | None, interval: str, n: int, groups: int, note: str = ""
 ) -> Estimate:
@@ -256,6 +273,8 @@ def with_floor(
         n=n,
         groups=groups,
         floor=None if at_floor is None else at_floor.value,
+        floor_low=None if at_floor is None else at_floor.low,
+        floor_high=None if at_floor is None else at_floor.high,
         ratio=ratio,
         note=note,
     )

@@ -30,6 +30,7 @@ from polyclinic.server.evaluation.estimate import (
     PROTOCOL,
     Fidelity,
     measure_fidelity,
+    too_few_images,
     with_floor,
 )
 from polyclinic.server.evaluation.features import FeatureStore
@@ -61,6 +62,7 @@ class Judgement(BaseModel):
         round: 0 is the start.
         columns: Draws of each prompt on the sample sheet.
         fidelity: Distance to the reference; None below 50 images, where it would mean nothing.
+        no_fidelity: Why there is none, as a sentence.
         faithfulness: Agreement with the prompts; None where the study names no concepts.
         second: Fidelity on the study's other extractors.
         cosine: CLIP-type agreement, where the study names a model.
@@ -80,6 +82,7 @@ class Judgement(BaseModel):
     utility: Utility | None = None
     near_copies: list[NearCopies] = []
     medvqa: MedvqaScores | None = None
+    no_fidelity: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ def measure(number: int, drawn: Drawn, reference: Reference, study: Study, store
     device = pick_device(study.training.device)
     extractors = [load_extractor(settings, device) for settings in study.evaluation.extractors]
     fidelity: list[Fidelity] = []
-    if min(len(drawn.images), len(reference.evaluate)) >= FEWEST_IMAGES:
+    too_few = too_few_images(len(drawn.images), len(reference.evaluate))
+    if not too_few:
         fidelity = [_fidelity(extractor, drawn, reference, study, store) for extractor in extractors]
         fidelity[0] = _with_similarity(fidelity[0], drawn, reference, study, store)
         if study.data.unit == "image":
@@ -145,6 +149,7 @@ def measure(number: int, drawn: Drawn, reference: Reference, study: Study, store
         round=number,
         columns=columns,
         fidelity=fidelity[0] if fidelity else None,
+        no_fidelity=too_few,
         second=fidelity[1:],
         faithfulness=faithfulness,
         utility=utility,

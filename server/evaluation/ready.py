@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from polyclinic.common.features.load import check_extractors
 from polyclinic.common.generators.public import resolve
+from polyclinic.common.progress import say
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study
 from polyclinic.server.evaluation.cosine import FIELD, check_clip
@@ -29,9 +30,25 @@ def check_evaluation(study: Study, reference: Reference) -> None:
 
 
 def _check_groups(study: Study, reference: Reference) -> None:
-    """Where fidelity will be measured, there must be prompts and patients enough for its intervals."""
-    if min(study.evaluation.images, len(reference.evaluate)) < FEWEST_IMAGES:
-        return  # it is not, as `plan` says
+    """Where fidelity will be measured, there must be images, prompts and patients enough.
+
+    A study that draws fewer than 50 images asks for no fidelity, which is said and let pass: a trial run.
+    """
+    drawn, real = study.evaluation.images, len(reference.evaluate)
+    if drawn < FEWEST_IMAGES:
+        say(
+            f"fidelity will not be measured: the study draws {drawn} images in one evaluation, and it takes "
+            f"{FEWEST_IMAGES}; raise evaluation.draws or add prompts"
+        )
+        return
+    if real < FEWEST_IMAGES:
+        raise BadInput(
+            f"study {study.name}: the reference's evaluate part has {real} images, and fidelity takes "
+            f"{FEWEST_IMAGES} or more; add public images, raise `reference.evaluate` (now "
+            f"{study.reference.parts['evaluate']:g} of its patients)"
+            f"{' or `reference.fraction`' if study.simulation else ''}, or go without fidelity by drawing "
+            f"fewer than {FEWEST_IMAGES} images (`evaluation.draws`)"
+        )
     prompts = len({prompt.text for prompt in study.evaluation.prompts})
     patients = len({record.patient for record in reference.evaluate})
     for count, what, fix in (

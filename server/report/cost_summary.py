@@ -29,7 +29,9 @@ from polyclinic.server.report.costs import (
 from polyclinic.server.report.metrics import RoundFacts
 
 JUDGING: tuple[Phase, ...] = ("sample", "evaluate")
-# Where the study names no KID to reach: so many times the floor.
+# Where the study names no KID to reach: so many times the floor. Only a floor that is clearly above zero has
+# multiples: twice a number that may be zero or less is a level that chance has drawn. Its upper end would be
+# worse: the smaller the reference, the easier such a level would be to reach.
 TARGET_IN_FLOORS = 2.0
 JOULES_A_KWH = 3.6e6
 
@@ -175,14 +177,19 @@ def waste(entries: Sequence[CostEntry], rounds: Sequence[RoundFacts]) -> list[Wa
 
 
 def target(entries: Sequence[CostEntry], rounds: Sequence[RoundFacts], wanted: float | None) -> Target | None:
-    """Find what it took until KID was at or below a level; None where no level or no KID is known."""
+    """Find what it took until KID was at or below a level; None where no level or no KID is known.
+
+    Without a level of the study's it is twice the floor, where the floor's interval lies above zero.
+    """
     judged = [(r.round, r.fidelity.kid) for r in rounds if r.fidelity is not None]
     if not judged:
         return None
-    floor = judged[-1][1].floor
-    if wanted is None and (floor is None or floor <= 0):
-        return None
-    level = wanted if wanted is not None else TARGET_IN_FLOORS * (floor or 0.0)
+    last = judged[-1][1]
+    level = wanted
+    if level is None:
+        if last.floor is None or last.ratio is None:  # `with_floor` gives a ratio to a clear floor alone
+            return None
+        level = TARGET_IN_FLOORS * last.floor
     name = computing(entries)
     reached = next((i for i, (_, kid) in enumerate(judged) if kid.value <= level), None)
     found = Target(

@@ -116,7 +116,9 @@ def context(run_dir: Path, metrics: Metrics) -> dict[str, Any]:
         "ledger": view_cost.ledger_table(metrics),
         "cost_rounds": view_cost.round_rows(metrics),
         "totals": view_cost.total_lines(summary),
-        "target": view_cost.target_sentence(summary.target),
+        "target": view_cost.target_sentence(
+            summary.target, final.fidelity.kid.floor if final and final.fidelity else None
+        ),
         "stragglers": view_cost.straggler_sentences(summary),
         "waste": view_cost.waste_sentences(summary),
         "down": down,

@@ -137,6 +137,7 @@ class RoundFacts(Part):
         utility: What the images are worth to train on.
         near_copies: Public patients of whom a near copy was drawn, by features and by pixels.
         medvqa: The official MedVQA-GI 2025 scores.
+        no_fidelity: Why an evaluated round has no fidelity, as a sentence.
     """
 
     round: int = Field(ge=0)
@@ -159,6 +160,7 @@ class RoundFacts(Part):
     utility: Utility | None = None
     near_copies: list[NearCopies] = []
     medvqa: MedvqaScores | None = None
+    no_fidelity: str = ""
 
 
 class Metrics(Part):
@@ -240,6 +242,14 @@ def first_and_last(metrics: Metrics) -> tuple[RoundFacts, RoundFacts] | None:
     """First and last judged round, or None where nothing was judged; both may be the same round."""
     judged = evaluated_rounds(metrics)
     return (judged[0], judged[-1]) if judged else None
+
+
+def why_no_fidelity(metrics: Metrics) -> str:
+    """Why images were drawn and no round has a fidelity, as a sentence; "" where that is not so."""
+    drawn = [r for r in metrics.rounds if r.evaluated]
+    if not drawn or evaluated_rounds(metrics):
+        return ""
+    return drawn[-1].no_fidelity or "Fidelity was not measured."
 
 
 def worst_epsilon(metrics: Metrics) -> float | None:

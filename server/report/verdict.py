@@ -21,6 +21,7 @@ from polyclinic.server.report.metrics import (
     bytes_moved,
     evaluated_rounds,
     first_and_last,
+    why_no_fidelity,
     worst_epsilon,
 )
 from polyclinic.server.report.wording import listed, number, percent
@@ -35,6 +36,28 @@ def order(a: Estimate, b: Estimate) -> Order:
     if a.high < b.low:
         return "below"
     return "above" if a.low > b.high else "overlapping"
+
+
+def beside_floor(estimate: Estimate) -> Order:
+    """Say on which side of its floor an estimate lies, each with its interval.
+
+    Earlier releases kept no interval of the floor; there it is taken as exact.
+    """
+    if estimate.floor is None:
+        return "unknown"
+    if estimate.floor_low is None or estimate.floor_high is None:
+        return against(estimate, estimate.floor)
+    at_floor = {"value": estimate.floor, "low": estimate.floor_low, "high": estimate.floor_high}
+    return order(estimate, estimate.model_copy(update=at_floor))
+
+
+def floor_too_rough(kid: Estimate) -> bool:
+    """Whether a KID is clearly above zero, but its floor too uncertain to say whether above that as well.
+
+    KID has no bias: of images like real ones it is zero on average, as the floor is.
+    """
+    rough = kid.floor_low is not None and kid.floor_low <= 0
+    return rough and against(kid, 0.0) == "above" and beside_floor(kid) == "overlapping"
 
 
 def against(estimate: Estimate, level: float) -> Order:
@@ -68,8 +91,8 @@ def written_share(estimate: Estimate) -> str:
 
 def fidelity_sentences(start: RoundFacts, final: RoundFacts) -> list[str]:
     """Compare the final images with the start's and with the floor."""
-    if start.fidelity is None or final.fidelity is None:
-        return ["Fidelity was not measured."]
+    assert start.fidelity is not None
+    assert final.fidelity is not None
     kid, before = final.fidelity.kid, start.fidelity.kid
     said = []
     if start.round == final.round:
@@ -96,13 +119,21 @@ def floor_sentence(kid: Estimate) -> str:
     """Put a KID beside what two halves of the reference differ by."""
     if kid.floor is None:
         return "No floor was measured, so it is not known how close two sets of real images would be."
-    side = against(kid, kid.floor)
+    side = beside_floor(kid)
     floor = f"two patient-disjoint halves of the reference differ by {number(kid.floor)}"
+    if kid.floor_low is not None and kid.floor_high is not None:
+        nothing = ", which cannot be told from zero" if kid.floor_low <= 0 else ""
+        floor += f" (95 % interval {number(kid.floor_low)} to {number(kid.floor_high)}{nothing})"
     if side == "above":
         times = f", {number(kid.ratio, 2)} times less" if kid.ratio is not None and kid.ratio > 1 else ""
         return f"Real images are closer to each other than these are to them: {floor}{times}."
     if side == "unknown":
         return f"For comparison, {floor}."
+    if floor_too_rough(kid):
+        return (
+            "The images differ from real ones, but whether by more than real ones do among themselves cannot "
+            f"be told with this reference: {floor}."
+        )
     return f"By this measure the images cannot be told apart from real ones at this sample size: {floor}."
 
 
@@ -258,19 +289,23 @@ def cost_sentence(metrics: Metrics) -> str:
 def headline(metrics: Metrics) -> str:
     """Say in one sentence what came of the run: closeness to real images, prompts, privacy."""
     ends = first_and_last(metrics)
-    if ends is None or ends[1].fidelity is None or ends[0].fidelity is None:
-        parts = [
-            "Nothing is known about the images yet" if not metrics.finished else "The images were not judged"
-        ]
+    drawn = [r for r in metrics.rounds if r.evaluated]
+    final = ends[1] if ends else drawn[-1] if drawn else None
+    if ends is not None:
+        parts = [_closeness(*ends)]
+    elif final is not None:
+        parts = ["How close the images are to real ones was not measured"]
     else:
-        parts = [_closeness(ends[0], ends[1])]
-        if ends[1].faithfulness is not None:
-            overall = ends[1].faithfulness.overall
-            parts.append(
-                "they follow their prompts more often than chance"
-                if against(overall.accuracy, overall.chance) == "above"
-                else "it is not shown that they follow their prompts"
-            )
+        parts = [
+            "The images were not judged" if metrics.finished else "Nothing is known about the images yet"
+        ]
+    if final is not None and final.faithfulness is not None:
+        overall = final.faithfulness.overall
+        parts.append(
+            "they follow their prompts more often than chance"
+            if against(overall.accuracy, overall.chance) == "above"
+            else "it is not shown that they follow their prompts"
+        )
     epsilon = worst_epsilon(metrics)
     if not metrics.private:
         parts.append("nothing protects the patients behind them")
@@ -290,7 +325,7 @@ def _closeness(start: RoundFacts, final: RoundFacts) -> str:
     assert start.fidelity is not None
     assert final.fidelity is not None
     kid = final.fidelity.kid
-    apart = kid.floor is None or against(kid, kid.floor) in ("above", "unknown")
+    apart = beside_floor(kid) in ("above", "unknown") or floor_too_rough(kid)
     far = (
         "can still be told apart from them" if apart else "cannot be told apart from them at this sample size"
     )
@@ -317,7 +352,12 @@ def verdict(metrics: Metrics) -> list[str]:
     """
     ends = first_and_last(metrics)
     said: list[str] = []
-    if ends is None:
+    drawn = [r for r in metrics.rounds if r.evaluated]
+    if ends is None and drawn:
+        said.append(why_no_fidelity(metrics))
+        earlier = drawn[0].faithfulness if len(drawn) > 1 else None
+        said += faithfulness_sentences(earlier, drawn[-1].faithfulness)
+    elif ends is None:
         said.append("No round was judged, so nothing is known about the images.")
     else:
         start, final = ends

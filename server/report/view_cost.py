@@ -191,10 +191,22 @@ def total_lines(summary: CostSummary) -> list[tuple[str, str, str]]:
     return lines
 
 
-def target_sentence(target: Target | None) -> str:
-    """Say what it took to bring KID down to the level."""
+def target_sentence(target: Target | None, floor: float | None = None) -> str:
+    """Say what it took to bring KID down to the level.
+
+    Args:
+        target: The level and what it took; None where there is none.
+        floor: Of the last KID; None where none was measured.
+    """
     if target is None:
-        return ""
+        return (
+            ""
+            if floor is None
+            else (
+                f"No price of a KID: the study names no level, and twice the floor is none, for the floor of "
+                f"{number(floor)} cannot be told from zero. `--cost target_kid=X` sets one."
+            )
+        )
     origin = "set by the study" if target.origin == "study" else target.origin
     level = f"KID of {number(target.kid)} or less ({origin})"
     if target.round is None or target.value is None:

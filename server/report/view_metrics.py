@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from polyclinic.server.evaluation.estimate import Estimate, Fidelity
 from polyclinic.server.evaluation.results import NearCopies, SiteGate
 from polyclinic.server.report import panels, plots, wording
-from polyclinic.server.report.metrics import Metrics, RoundFacts, evaluated_rounds, first_and_last
+from polyclinic.server.report.metrics import (
+    Metrics,
+    RoundFacts,
+    evaluated_rounds,
+    first_and_last,
+    why_no_fidelity,
+)
 from polyclinic.server.report.wording import DASH, GAP, number
 
 # Name in the metrics to its title and what is better.
@@ -157,6 +163,8 @@ def limits(metrics: Metrics) -> list[str]:
             said.append(
                 "One extractor only; in medicine no single extractor is trusted. Name more in the study."
             )
+    if missing := why_no_fidelity(metrics):
+        said.append(missing)
     for name in ("faithfulness", "cosine", "utility"):
         facts = latest(metrics, name)
         result = getattr(facts, name) if facts else None

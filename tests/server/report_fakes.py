@@ -51,7 +51,8 @@ def estimate(value: float, half: float, floor: float | None = None, note: str = 
     ratio = value / floor if floor else None
     return Estimate(
         value=value, low=value - half, high=value + half, interval="95 %, jackknife over patients",
-        n=320, groups=96, floor=floor, ratio=ratio, note=note,
+        n=320, groups=96, floor=floor, floor_low=floor and 0.6 * floor, floor_high=floor and 1.4 * floor,
+        ratio=ratio, note=note,
     )  # fmt: skip
 
 

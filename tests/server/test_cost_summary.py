@@ -149,6 +149,19 @@ def test_without_a_level_of_the_study_it_is_twice_the_floor() -> None:
     assert target(ENTRIES, facts({}), 0.1) is None
 
 
+def test_a_floor_that_may_be_zero_is_no_level() -> None:
+    found = fidelity(0.012)
+    noise = {"floor": 0.00768, "floor_low": -0.0216, "floor_high": 0.037, "ratio": None}
+    rounds = [facts({})[0].model_copy(
+        update={"fidelity": found.model_copy(update={"kid": found.kid.model_copy(update=noise)})}
+    )]  # fmt: skip
+    assert target(ENTRIES, rounds, None) is None
+    assert "the floor of 0.00768 cannot be told from zero" in target_sentence(None, 0.00768)
+    asked = target(ENTRIES, rounds, 0.02)
+    assert asked is not None
+    assert (asked.origin, asked.round) == ("study", 0)
+
+
 def test_sites_that_show_nominal_figures_alone_are_priced_in_operations() -> None:
     entries = [entry("train", site, n, flops=figure(1e12, "estimated")) for site in "ab" for n in (1, 2)]
     found = target(entries, facts({0: 0.1, 2: 0.02}), 0.05)

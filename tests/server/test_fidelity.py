@@ -320,6 +320,9 @@ def test_fidelity_tells_a_good_generator_from_a_bad_one() -> None:
     assert far.frechet.ratio > 1.3  # type: ignore[operator]
     # The floor of KID is noise around zero: dividing by it would print any number at all.
     assert near.kid.floor is not None
+    assert near.kid.floor_low is not None
+    assert near.kid.floor_high is not None
+    assert near.kid.floor_low <= 0 < near.kid.floor_high
     assert near.kid.ratio is None
     assert "zero" in near.kid.note
     assert any("500" in w for w in near.warnings)

@@ -121,7 +121,11 @@ def test_what_weakens_or_stops_a_judgement_is_said(
 
     study = make_study(evaluation={"prompts": PROMPTS, "draws": 6, "extractors": ["radiomic"]})
     few = make_study(evaluation={"prompts": PROMPTS, "draws": 4, "extractors": ["radiomic"]})
-    assert measure(1, drawn_for(few, _discs(40, generator)), reference, few, store).fidelity is None
+    unmeasured = measure(1, drawn_for(few, _discs(40, generator)), reference, few, store)
+    assert unmeasured.fidelity is None
+    assert unmeasured.no_fidelity == (
+        "Fidelity was not measured: it takes 50 images a side, and there are 40 drawn in one evaluation."
+    )
     with pytest.raises(BadInput, match="40 x 40 px and the reference 32 x 32"):
         measure(1, drawn_for(study, torch.zeros(60, 3, 40, 40)), reference, study, store)
     broken = _discs(60, generator)

@@ -64,6 +64,19 @@ def test_prompts_that_ask_for_one_value_only_measure_nothing(make_study: MakeStu
         check_evaluation(_study(make_study, PROMPTS[:2]), _reference("yes", "no"))
 
 
+def test_a_reference_too_small_for_the_fidelity_that_the_study_asks_for(
+    make_study: MakeStudy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = _reference(*["yes", "no"] * 24, "yes")
+    with pytest.raises(BadInput, match=r"study tiny: .*has 49 images.*50 or more; .*`reference\.evaluate`"):
+        check_evaluation(_study(make_study, draws=17), short)
+    check_evaluation(_study(make_study, draws=17), _reference(*["yes", "no"] * 25))
+    assert capsys.readouterr().err == ""
+    # A study that draws too few itself asks for no fidelity: that is said, and it runs.
+    check_evaluation(_study(make_study, draws=16), short)
+    assert "fidelity will not be measured: the study draws 48 images" in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_there(make_study: MakeStudy, tmp_path: Path) -> None:
     reference = _reference("yes", "no", "yes", "no")
     with pytest.raises(BadInput, match="neither a path that exists nor a Hugging Face id"):

@@ -13,6 +13,7 @@ from polyclinic.server.checkpoints import Checkpoint, RoundRecord, save_checkpoi
 from polyclinic.server.evaluation.judge import judgement_path, read_judgement
 from polyclinic.server.evaluation.measure import Judgement
 from polyclinic.server.report.html import read_metrics, write_report
+from polyclinic.server.report.verdict import beside_floor
 from tests.conftest import MakeStudy
 from tests.server.report_fakes import begun_run, fake_run, wider
 
@@ -76,11 +77,17 @@ def test_what_an_earlier_release_measured_is_shown_as_that(tmp_path: Path) -> No
 
     def forget(values: dict[str, Any]) -> None:
         for facts in values["rounds"]:
+            del facts["no_fidelity"]
             for near in facts["near_copies"]:
                 del near["images"]
+            for fidelity in [facts["fidelity"]] * bool(facts["fidelity"]):
+                del fidelity["kid"]["floor_low"], fidelity["kid"]["floor_high"]
 
     _change(tmp_path / "metrics.json", forget)
     again = read_metrics(tmp_path / "metrics.json")
+    final = again.rounds[-1].fidelity
+    assert final is not None
+    assert (final.kid.floor_low, beside_floor(final.kid)) == (None, "above")  # the floor, as it was told then
     (old,) = {near.images for facts in again.rounds for near in facts.near_copies}
     assert old is None
     write_report(tmp_path, again)
