@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polyclinic.common.evaluation_settings import EvaluationSettings
+from polyclinic.common.files import sha256_folder
 from polyclinic.common.generators.public import resolve
 from polyclinic.common.progress import track
 from polyclinic.common.refusals import BadInput
@@ -29,6 +30,8 @@ from polyclinic.server.evaluation.features import check_finite
 from polyclinic.server.evaluation.results import PromptCosine
 
 FIELD = "evaluation.clip_model"
+# Raise it whenever a number would change for the same images.
+PROTOCOL = "polyclinic-cosine-1"
 INTERVAL = "95 % Bayesian bootstrap over prompts"
 WARNING = (
     'Such a model hardly tells "no polyp" from "a polyp": it sees what a prompt names, not that it is '
@@ -51,12 +54,14 @@ class ClipModel(NamedTuple):
         model: `get_image_features` and `get_text_features`, in eval mode.
         processor: Its image processor and tokenizer.
         device: Where it computes.
+        weights: SHA-256 of its folder: weights, image processor and tokenizer.
     """
 
     name: str
     model: Any
     processor: Any
     device: str
+    weights: str
 
 
 def check_clip(folder: Path, name: str) -> None:
@@ -103,7 +108,7 @@ def prompt_cosine(
     drawn = [f"drawn image {number}" for number in range(1, len(images) + 1)]
     for rows, shown in ((embedded, drawn), (texts, [f'the prompt "{name[:60]}"' for name in names])):
         check_finite(clip.name, rows, shown, f"name another {FIELD}")
-    return measure_cosine(embedded, prompts, texts, names, settings.clip_model)
+    return measure_cosine(embedded, prompts, texts, names, settings.clip_model, clip.weights)
 
 
 @functools.lru_cache(maxsize=1)
@@ -129,7 +134,8 @@ def load_clip(folder: Path, name: str, device: str = "cpu") -> ClipModel:
         ) from error
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
         raise BadInput(f'`{FIELD} = "{name}"` does not embed images and texts; name a CLIP-type model')
-    return ClipModel(name, model.eval().requires_grad_(False).float().to(device), processor, device)
+    weights = sha256_folder(folder)
+    return ClipModel(name, model.eval().requires_grad_(False).float().to(device), processor, device, weights)
 
 
 def image_embeddings(clip: ClipModel, images: Tensor) -> Tensor:
@@ -172,7 +178,7 @@ def _unit(output: Any) -> Tensor:
 
 
 def measure_cosine(
-    images: Tensor, prompts: Sequence[str], texts: Tensor, names: Sequence[str], model: str
+    images: Tensor, prompts: Sequence[str], texts: Tensor, names: Sequence[str], model: str, weights: str = ""
 ) -> PromptCosine:
     """Mean cosine of images with their own prompts, with all other prompts, and the difference.
 
@@ -182,6 +188,7 @@ def measure_cosine(
         texts: Text embeddings of length 1, one a prompt, [p, d], p >= 2.
         names: The p different prompts.
         model: Name of the model.
+        weights: SHA-256 of its folder.
 
     Raises:
         BadInput: There is only one prompt, so that nothing can be shuffled.
@@ -198,6 +205,8 @@ def measure_cosine(
         shuffled=_mean(shuffled, prompts),
         lift=_mean(own - shuffled, prompts),
         warning=WARNING,
+        weights=weights,
+        protocol=PROTOCOL,
     )
 
 

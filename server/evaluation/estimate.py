@@ -36,7 +36,13 @@ SCORE_INTERVAL = (
     "95 % sampling interval at this n (bias included), score interval at the effective size that a block "
     "jackknife over patients and prompts gives"
 )
-INTERVALS = {"cmmd": KID_INTERVAL, **dict.fromkeys(NEIGHBOUR_METRICS, SCORE_INTERVAL)}
+# It looks at the drawn images alone.
+VENDI_INTERVAL = "95 % sampling interval at this n (bias included), block jackknife over prompts"
+INTERVALS = {
+    "cmmd": KID_INTERVAL,
+    "vendi": VENDI_INTERVAL,
+    **dict.fromkeys(NEIGHBOUR_METRICS, SCORE_INTERVAL),
+}
 REAL_SCORES = "the floor is what real images of as many other patients score"
 
 
@@ -50,6 +56,8 @@ class Estimate(BaseModel):
         interval: What the interval is.
         n: Images on each side.
         groups: Independent groups behind it: patients of the reference, or prompts.
+        resampled: Of a fidelity: what its interval resamples ("patients", "prompts") and how many of each;
+            empty where an earlier release measured.
         floor: The same metric between two patient-disjoint halves of the reference at equal n: what a
             perfect generator scores.
         floor_low: Lower end of the floor's own interval; None where an earlier release wrote it.
@@ -71,6 +79,7 @@ class Estimate(BaseModel):
     floor_low: float | None = None
     floor_high: float | None = None
     note: str = ""
+    resampled: dict[str, int] = {}
 
 
 class Fidelity(BaseModel):
@@ -149,8 +158,9 @@ def measure_fidelity(
     if chosen.has_floor:
         floors = floor(reference, patient_groups, key, n, all_metrics)
 
-    patients = len(set(y_groups))
-    estimate = functools.partial(with_floor, n=n, groups=patients)
+    patients, prompts = len(set(y_groups)), {"prompts": len(set(x_groups))}
+    both = {"patients": patients} | prompts
+    estimate = functools.partial(with_floor, n=n, resampled=both)
     return Fidelity(
         extractor=extractor,
         preprocessing=preprocessing,
@@ -163,6 +173,7 @@ def measure_fidelity(
                 value,
                 floors.get(name),
                 INTERVALS.get(name, SAMPLING_INTERVAL),
+                resampled=prompts if name == "vendi" else both,
                 note="" if name == "cmmd" else REAL_SCORES,
             )
             for name, value in found.items()
@@ -242,7 +253,12 @@ def too_few_images(drawn: int, real: int) -> str:
 
 
 def with_floor(
-    found: Jackknifed, at_floor: Jackknifed | None, interval: str, n: int, groups: int, note: str = ""
+    found: Jackknifed,
+    at_floor: Jackknifed | None,
+    interval: str,
+    n: int,
+    resampled: dict[str, int],
+    note: str = "",
 ) -> Estimate:
     """Put a number beside its floor.
 
@@ -251,7 +267,7 @@ def with_floor(
         at_floor: The same between halves of the reference; None where it is too small.
         interval: What the interval is.
         n: Images on each side.
-        groups: Patients of the reference, or prompts.
+        resampled: What the interval resamples, and how many of each; the first counts as its groups.
         note: What a reader must know, where there is a floor.
     """
     ratio = None
@@ -271,7 +287,8 @@ def with_floor(
         high=found.high,
         interval=interval,
         n=n,
-        groups=groups,
+        groups=next(iter(resampled.values())),
+        resampled=resampled,
         floor=None if at_floor is None else at_floor.value,
         floor_low=None if at_floor is None else at_floor.low,
         floor_high=None if at_floor is None else at_floor.high,

@@ -200,8 +200,8 @@ def _with_similarity(
 
     recipe = ["ms-ssim", PROTOCOL, store.names(records), [record.patient for record in records]]
     real = Jackknifed(*store.once(recipe, of_reference).tolist())
-    patients_there = len({record.patient for record in records})
-    estimate = with_floor(found, real, PROMPT_INTERVAL, len(records), patients_there, BETWEEN_PATIENTS)
+    resampled = {"prompts": len(set(groups))}
+    estimate = with_floor(found, real, PROMPT_INTERVAL, len(records), resampled, BETWEEN_PATIENTS)
     return fidelity.model_copy(update={"others": {**fidelity.others, "ms_ssim": estimate}})
 
 

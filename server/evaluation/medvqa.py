@@ -38,6 +38,8 @@ from polyclinic.server.reference import Reference
 
 OFFICIAL_MODEL = "ikim-uk-essen/BiomedCLIP_ViT_patch16_224"
 OFFICIAL_DRAWS = 10
+# Raise it whenever a number would change for the same images.
+PROTOCOL = "polyclinic-medvqa-1"
 # A covariance needs two images.
 FEWEST = 2
 FIELD = "evaluation.medvqa.model"
@@ -106,6 +108,8 @@ def medvqa_scores(
             unlabelled=sum(pair[0] not in labelled for pair in settings.pairs),
             prompts=len(study.evaluation.prompts),
         ),
+        weights=extractor.weights,
+        protocol=PROTOCOL,
     )
 
 

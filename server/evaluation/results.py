@@ -24,6 +24,8 @@ class PromptCosine(Result):
         shuffled: On synthetic images against all other prompts: what no faithfulness scores.
         lift: cosine - shuffled, paired image by image; above 0 where images listen to their prompts.
         warning: What such a score cannot see.
+        weights: SHA-256 of the model's folder; empty where an earlier release measured.
+        protocol: Version of this measurement; empty likewise.
     """
 
     model: str
@@ -31,6 +33,8 @@ class PromptCosine(Result):
     shuffled: Estimate
     lift: Estimate
     warning: str
+    weights: str = ""
+    protocol: str = ""
 
 
 class ConceptUtility(Result):
@@ -111,6 +115,8 @@ class MedvqaScores(Result):
         diversity: Mean pairwise distance of normalised features.
         pairs: Pairs of prompts.
         note: Where the setting departs from the competition's, or empty.
+        weights: SHA-256 of the model's folder; empty where an earlier release measured.
+        protocol: Version of this measurement; empty likewise.
     """
 
     extractor: str
@@ -120,6 +126,8 @@ class MedvqaScores(Result):
     diversity: float
     pairs: int
     note: str
+    weights: str = ""
+    protocol: str = ""
 
 
 class FederatedFidelity(Result):

@@ -36,6 +36,10 @@ def facts(metrics: Metrics) -> dict[str, Any]:
             *(["simulated"] if metrics.simulated else []),
         ],
     }
+    base = metrics.study_json.get("study", {}).get("generator", {}).get("base")
+    if base:
+        found |= {"base_model": base, "base_model_relation": "adapter"}
+        found["tags"].append("lora")
     summary = metrics.cost_summary
     if summary is not None and summary.co2_g is not None:
         found["co2_eq_emissions"] = {

@@ -79,6 +79,8 @@ def context(run_dir: Path, metrics: Metrics) -> dict[str, Any]:
         "metric_rows": rows,
         "notes": [f"{row.title}, {row.extractor}: {row.final.note}." for row in rows if row.final.note],
         "extractors": list(view_metrics.extractors(final).values()) if final else [],
+        "resampled": view_metrics.resampled,
+        "intervals": view_metrics.interval_words(final) if final else "",
         "metric_panels": view_metrics.metric_panels(metrics),
         "scores": view_metrics.scores(metrics),
         "medvqa": official and official.medvqa,

@@ -70,6 +70,19 @@ def metric_rows(metrics: Metrics) -> list[MetricRow]:
     return rows
 
 
+def resampled(estimate: Estimate) -> list[str]:
+    """What an interval resampled, with how many of each; a bare count where an earlier release measured."""
+    return [f"{n:,} {what}" for what, n in estimate.resampled.items()] or [f"{estimate.groups:,}"]
+
+
+def interval_words(facts: RoundFacts) -> str:
+    """What the intervals of the headline extractor's metrics are, each kind once."""
+    kinds: dict[str, list[str]] = {}
+    for name, estimate in measures(facts.fidelity).items() if facts.fidelity else ():
+        kinds.setdefault(estimate.interval or "none", []).append(TITLES.get(name, (name, ""))[0])
+    return "; ".join(f"{', '.join(names)}: {interval}" for interval, names in kinds.items())
+
+
 def metric_panels(metrics: Metrics) -> list[tuple[str, str, plots.Chart]]:
     """Small charts over rounds: the headline extractor's other metrics, and KID on the other extractors."""
     judged = evaluated_rounds(metrics)
@@ -193,9 +206,23 @@ def hashes(metrics: Metrics) -> list[tuple[str, str]]:
         ("public reference", metrics.study.reference_hash),
         ("autoencoder", generator.get("vae_sha256")),
         ("warm start", generator.get("warm_start_sha256")),
+        ("base's checkpoint", generator.get("base_sha256")),
+        ("prior's checkpoint", generator.get("prior_sha256")),
         ("final state", metrics.rounds[-1].state_hash if metrics.rounds else ""),
+        *model_hashes(metrics),
     ]
     return [(name, value) for name, value in named if value]
+
+
+def model_hashes(metrics: Metrics) -> list[tuple[str, str]]:
+    """Weights of every model that judged the images, each once: by what it is to what it hashes to."""
+    named = []
+    for r in reversed(metrics.rounds):
+        named += [(f"extractor {e.extractor}", e.weights) for e in extractors(r).values()]
+        named += [(f"CLIP-type model {r.cosine.model}", r.cosine.weights)] if r.cosine else []
+        named += [(f"MedVQA-GI model {r.medvqa.extractor}", r.medvqa.weights)] if r.medvqa else []
+    # A run that went on with other weights shows both.
+    return list(dict.fromkeys(named))
 
 
 def scores(metrics: Metrics) -> list[tuple[str, str, str]]:

@@ -51,7 +51,8 @@ def estimate(value: float, half: float, floor: float | None = None, note: str = 
     ratio = value / floor if floor else None
     return Estimate(
         value=value, low=value - half, high=value + half, interval="95 %, jackknife over patients",
-        n=320, groups=96, floor=floor, floor_low=floor and 0.6 * floor, floor_high=floor and 1.4 * floor,
+        n=320, groups=96, resampled={"patients": 96, "prompts": 40},
+        floor=floor, floor_low=floor and 0.6 * floor, floor_high=floor and 1.4 * floor,
         ratio=ratio, note=note,
     )  # fmt: skip
 
@@ -61,6 +62,7 @@ def fidelity(kid: float, half: float = 0.009) -> Fidelity:
     return Fidelity(
         extractor="EfficientNet-Lite0",
         preprocessing="resized to 128 px, bicubic",
+        weights="e1fe" * 16,
         protocol="polyclinic-fidelity-1",
         kid=estimate(kid, half, 0.0061),
         frechet=estimate(900 * kid + 110, 12, 131.0),
@@ -176,7 +178,8 @@ def wider(metrics: Metrics) -> Metrics:
         main = r.fidelity.model_copy(update={"others": others})
         dino = r.fidelity.model_copy(
             update={
-                "extractor": "microsoft/rad-dino", "preprocessing": "518 px", "warnings": [],
+                "extractor": "microsoft/rad-dino", "preprocessing": "518 px", "weights": "d170" * 16,
+                "warnings": [],
                 "kid": estimate(1.9 - 1.2 * share, 0.2, 0.11), "frechet": estimate(310 - 120 * share, 14, 40),
             }
         )  # fmt: skip
@@ -187,7 +190,8 @@ def wider(metrics: Metrics) -> Metrics:
             "cosine": PromptCosine(
                 model="ikim-uk-essen/BiomedCLIP", cosine=estimate(0.24 + 0.05 * share, 0.01),
                 shuffled=estimate(0.23, 0.01), lift=estimate(0.01 + 0.05 * share, 0.01),
-                warning="Such scores do not understand negations.",
+                warning="Such scores do not understand negations.", weights="c11b" * 16,
+                protocol="polyclinic-cosine-1",
             ),
         }  # fmt: skip
         rounds.append(r.model_copy(update=update))
@@ -213,7 +217,8 @@ def wider(metrics: Metrics) -> Metrics:
             ],
             "medvqa": MedvqaScores(
                 extractor="BiomedCLIP", fbd=412.0, fidelity=0.31, agreement=0.71, diversity=0.68, pairs=24,
-                note="64 px where the competition has 256.",
+                note="64 px where the competition has 256.", weights="fbd0" * 16,
+                protocol="polyclinic-medvqa-1",
             ),
         }
     )  # fmt: skip

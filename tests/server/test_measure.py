@@ -73,6 +73,13 @@ def test_a_judgement_has_every_metric_on_every_extractor(
             assert estimate.high is not None
             assert estimate.low <= estimate.value <= estimate.high
             assert estimate.interval.startswith("95 %")
+            # Its words, the groups it names and their number say the same.
+            told = {kind for kind in ("patients", "prompts") if kind[:-1] in estimate.interval}
+            assert set(estimate.resampled) == told
+            assert estimate.groups == next(iter(estimate.resampled.values()))
+        assert fidelity.kid.resampled == {"patients": fidelity.kid.groups, "prompts": 10}
+        assert fidelity.others["vendi"].resampled == {"prompts": 10}
+    assert good.fidelity.others["ms_ssim"].resampled == {"prompts": 10}
     # Again: nothing is extracted a second time, and the numbers are the same.
     files = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     again = measure(

@@ -11,8 +11,11 @@ from scipy.linalg import sqrtm
 from scipy.spatial.distance import cosine, euclidean
 
 from polyclinic.common.data.table import Record
+from polyclinic.common.files import sha256_folder
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study
+from polyclinic.server.evaluation import cosine as clip_cosine
+from polyclinic.server.evaluation import medvqa
 from polyclinic.server.evaluation.features import FeatureStore
 from polyclinic.server.evaluation.measure import drawn_for, measure
 from polyclinic.server.evaluation.medvqa import (
@@ -162,6 +165,10 @@ def test_a_study_gets_the_scores_it_asks_for(
     assert found.medvqa is not None
     assert found.cosine is not None
     assert found.utility is not None
+    # Which model gave a number is told by what its folder holds.
+    told = [(found.medvqa.weights, found.medvqa.protocol), (found.cosine.weights, found.cosine.protocol)]
+    clip = tmp_path / "random-weight-clip"
+    assert told == [(sha256_folder(folder), medvqa.PROTOCOL), (sha256_folder(clip), clip_cosine.PROTOCOL)]
     assert found.near_copies == []  # no pretrain part, nothing that the start has seen
 
     processor, model = ViTImageProcessorPil.from_pretrained(folder), ViTModel.from_pretrained(folder)
