@@ -5,6 +5,7 @@ What a site spends follows from `privacy.accounting.claim` and its ledger, whate
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 from polyclinic.common.privacy.accounting import History, epsilon_prv, epsilon_rdp
@@ -14,6 +15,7 @@ from polyclinic.common.settings import PrivacySettings
 from polyclinic.common.study import Study
 
 MAX_SIGMA = 1e4
+WIDTH = 1e-3
 
 
 @lru_cache(maxsize=256)
@@ -36,24 +38,42 @@ def calibrate(epsilon: float, delta: float, rate: float, steps: int, beside: His
             "releases.copies_epsilon take; lower those, or allow more here"
         )
 
-    def enough(sigma: float) -> bool:
+    ruled_in = math.inf
+
+    def spent(sigma: float) -> float:
+        nonlocal ruled_in
         history = (*beside, (sigma, rate, steps))
         # PRV's grid takes gigabytes where sigma is far too small, and its sums may end in NaN: RDP rules
         # those out first, and a NaN is never enough.
-        return epsilon_rdp(history, delta) <= 50 + 10 * epsilon and epsilon_prv(history, delta) <= epsilon
+        if sigma < ruled_in and epsilon_rdp(history, delta) > 50 + 10 * epsilon:
+            return math.inf
+        ruled_in = min(ruled_in, sigma)
+        value = epsilon_prv(history, delta)
+        return math.inf if math.isnan(value) else value
 
+    low, over = 0.3, math.inf  # below this the accountants' discretisation no longer fits in memory
     high = 1.0
-    while not enough(high):
-        high *= 2
+    while (under := spent(high)) > epsilon:
+        low, over, high = high, under, 2 * high
         if high > MAX_SIGMA:
             raise BadInput(
                 f"privacy.epsilon = {epsilon:g} cannot be met in {steps} steps at q = {rate:g}; "
                 "raise epsilon, or take fewer steps"
             )
-    low = 0.3  # below this the accountants' discretisation no longer fits in memory
-    while high - low > 1e-3 * high:
+    above = True
+    while high - low > WIDTH * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
+        if over < math.inf and under > 0:
+            # The logarithm of epsilon is nearly a line in that of sigma. A step past where they meet, to one
+            # side and then the other, closes the bracket from both.
+            share = math.log(over / epsilon) / math.log(over / under)
+            met = low * (high / low) ** share * (1 + WIDTH * (0.4 if above else -0.4))
+            middle = min(max(met, low + 0.01 * (high - low)), high - 0.01 * (high - low))
+        value = spent(middle)
+        if above := value > epsilon:
+            low, over = middle, value
+        else:
+            high, under = middle, value
     return round(high + 5e-5, 4)
 
 

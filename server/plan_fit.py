@@ -45,6 +45,14 @@ def check_fit(study: Study, files: BaseFiles, memory: Memory) -> None:
 
 def remedy(study: Study, files: BaseFiles, limit: float) -> str:
     """Say which setting makes a study fit: one alone where one is enough, else as many as it takes."""
+    none = "no setting that is known makes it fit: choose a smaller model"
+    least: Study | None = study
+    for steps in filter(None, changes(study)):
+        least = least and _with(least, steps[-1][1])
+    smallest = _total(least, files)
+    # A trace of a large model takes seconds: where all settings together are not enough, none is tried alone.
+    if smallest is not None and smallest > limit:
+        return none
     alone = []
     for steps in changes(study):
         for words, tables in steps:
@@ -64,7 +72,7 @@ def remedy(study: Study, files: BaseFiles, limit: float) -> str:
             current, said[number] = changed, words
             if total <= limit:
                 return f"it would fit with {listed(list(said.values()), 8)} together ({scaled(total, 'B')})"
-    return "no setting that is known makes it fit: choose a smaller model"
+    return none
 
 
 def changes(study: Study) -> Iterator[list[Change]]:

@@ -32,6 +32,15 @@ def checkpoint(home: Path, number: int) -> Path:
     return run_dir(home) / "checkpoints" / f"round-{number:04d}"
 
 
+def killed_at(line: str, arguments: list[str]) -> None:
+    """Run a command and kill it at an event that it reports itself, not after a guessed time."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, env=environment, text=True) as process:
+        assert process.stderr is not None
+        assert any(line in told for told in process.stderr), f"it ended before {line!r}"
+        os.kill(process.pid, signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(random_vae: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A finished run without privacy and with the test key: its study and its home."""
@@ -85,18 +94,10 @@ def test_kill_9_and_resume_gives_the_undisturbed_weights(
 ) -> None:
     study, whole = undisturbed
     home = tmp_path / "home"
-    arguments = command("simulation", "run", study, "--home", home)
-    process = subprocess.Popen(
-        arguments, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True
+    killed_at(
+        "round 1:" if moment == "after round 1" else "round 2 north 0/2",
+        command("simulation", "run", study, "--home", home),
     )
-    assert process.stderr is not None
-    # Killed at an event the process itself reports, not after a guessed time.
-    wanted = "round 1:" if moment == "after round 1" else "round 2 north 0/2"
-    for line in process.stderr:
-        if wanted in line:
-            break
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
     assert not (run_dir(home) / "report.html").exists()
     again = call("simulation", "run", study, "--home", home, "--resume")
     assert again.returncode == 0, again.stderr
@@ -139,9 +140,9 @@ def test_a_private_run_spends_what_it_claims(random_vae: Path, tmp_path: Path) -
     assert json.loads(ledger.stdout)["studies"][0]["epsilon"] == pytest.approx(second)
 
     # Fresh randomness every time: another run of the same study gives other weights.
-    other = call("simulation", "run", study, "--home", tmp_path / "other")
-    assert other.returncode == 0, other.stderr
-    a, b = (load_file(checkpoint(tmp_path / home, 2) / "state.safetensors") for home in ("home", "other"))
+    other = tmp_path / "other"
+    killed_at("round 1:", command("simulation", "run", study, "--home", other))
+    a, b = (load_file(checkpoint(home, 1) / "state.safetensors") for home in (tmp_path / "home", other))
     assert any(bool((a[name] != b[name]).any()) for name in a)
 
     # A finished run is not trained again by mistake, and `generate` draws from it.
