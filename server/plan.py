@@ -7,7 +7,6 @@ calibrated as a site would calibrate it, bytes are those of the trainable state.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 
@@ -17,7 +16,7 @@ from polyclinic.common.features.load import check_extractors
 from polyclinic.common.generators.base import BaseFiles, Family, load_family, trainable
 from polyclinic.common.generators.checkpoint import large_files, licence
 from polyclinic.common.generators.public import is_hub_id, resolve
-from polyclinic.common.privacy.accounting import History, claim, epsilon_pld, epsilon_rdp
+from polyclinic.common.privacy.accounting import claim, epsilon_pld, epsilon_rdp
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.settings import SimulatedSite
 from polyclinic.common.study import Study
@@ -323,11 +322,6 @@ def local_files(study: Study, source: str, *, weights: bool = False) -> BaseFile
     return BaseFiles(vae=folder)
 
 
-@lru_cache(maxsize=64)
-def _cross_checks(history: History, delta: float) -> tuple[float, float]:
-    return epsilon_pld(history, delta), epsilon_rdp(history, delta)
-
-
 def _sites(study: Study, patient_flops: float) -> list[SitePlan]:
     if study.simulation is None:
         return [_site(EACH_SITE, None, study, patient_flops)]
@@ -341,13 +335,12 @@ def _site(name: str, site: SimulatedSite | None, study: Study, patient_flops: fl
         # As a site's approval does: the smaller of the study's epsilon and the site's own cap.
         target = privacy.epsilon if site is None else min(privacy.epsilon, site.epsilon_cap)
         sigma, _, history = study_noise(study, target)
-        pld, rdp = _cross_checks(history, privacy.delta)
         out = SitePlan(
             name=name,
             sigma=sigma,
             epsilon=claim(history, privacy.delta),
-            epsilon_pld=pld,
-            epsilon_rdp=rdp,
+            epsilon_pld=epsilon_pld(history, privacy.delta),
+            epsilon_rdp=epsilon_rdp(history, privacy.delta),
             delta=privacy.delta,
         )
     if site is None:

@@ -39,6 +39,7 @@ def epsilon_prv(history: History, delta: float) -> float:
     return coarse
 
 
+@lru_cache(maxsize=256)
 def epsilon_rdp(history: History, delta: float) -> float:
     """Renyi accountant's epsilon, orders up to 1024 (Mironov et al. 2019, 1908.10530)."""
     accountant = RDPAccountant()
@@ -49,6 +50,7 @@ def epsilon_rdp(history: History, delta: float) -> float:
         return float(accountant.get_epsilon(delta, alphas=RDP_ORDERS))
 
 
+@lru_cache(maxsize=256)
 def epsilon_pld(history: History, delta: float) -> float:
     """dp-accounting's privacy loss distribution, for adding and for removing a patient."""
     import dp_accounting
