@@ -141,7 +141,7 @@ def test_a_private_run_spends_what_it_claims(random_vae: Path, tmp_path: Path) -
 
     # Fresh randomness every time: another run of the same study gives other weights.
     other = tmp_path / "other"
-    killed_at("round 1:", command("simulation", "run", study, "--home", other))
+    killed_at("round 2 ", command("simulation", "run", study, "--home", other))
     a, b = (load_file(checkpoint(home, 1) / "state.safetensors") for home in (tmp_path / "home", other))
     assert any(bool((a[name] != b[name]).any()) for name in a)
 
