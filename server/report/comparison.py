@@ -12,7 +12,7 @@ from polyclinic.server.evaluation.estimate import Fidelity
 from polyclinic.server.evaluation.probe import ConceptFaithfulness
 from polyclinic.server.evaluation.results import ConceptUtility
 from polyclinic.server.report import plots, view, wording
-from polyclinic.server.report.contest import comparison_verdict, compute
+from polyclinic.server.report.contest import comparison_verdict, compute, shared_start
 from polyclinic.server.report.cost_summary import computing, target
 from polyclinic.server.report.costs import LEARNING, NAMES, total
 from polyclinic.server.report.html import REPORT, cost_summary, environment
@@ -101,6 +101,31 @@ def arm_row(name: str, title: str, metrics: Metrics, link: str, level: float | N
     )
 
 
+def start_row(arms: list[Metrics]) -> ArmRow | None:
+    """Prepare the line of the public start that all arms began from, where they share one."""
+    start = shared_start(arms)
+    if start is None:
+        return None
+    public = {total(arm.cost, "cpu_s", ("pretrain",)) or 0.0 for arm in arms}
+    cpu = wording.seconds(public.pop()) if len(public) == 1 else wording.DASH
+    return ArmRow(
+        "start",
+        "public data alone",
+        "",
+        private=True,
+        epsilon=0.0,
+        fidelity=start.fidelity,
+        overall=start.faithfulness.overall if start.faithfulness else None,
+        utility=start.utility.overall if start.utility else None,
+        gpu=wording.DASH,
+        cpu=cpu,
+        price=wording.DASH,
+        price_round="",
+        co2=wording.DASH,
+        bytes=wording.DASH,
+    )
+
+
 def _co2_note(arms: list[Metrics]) -> str:
     sources = sorted(
         {summary.grid_source for arm in arms if (summary := cost_summary(arm)).co2_g is not None}
@@ -138,6 +163,8 @@ def frontier_charts(names: list[str], arms: list[Metrics]) -> list[tuple[str, pl
         return []
     floors = [kid.floor for _, _, kid in judged if kid.floor is not None]
     floor = max(floors, default=None)
+    start = shared_start(arms)
+    begun = start.fidelity.kid.value if start and start.fidelity else None
     guarded, priced = [], []
     for name, arm, kid in judged:
         epsilon = worst_epsilon(arm) if arm.private else None
@@ -148,7 +175,7 @@ def frontier_charts(names: list[str], arms: list[Metrics]) -> list[tuple[str, pl
         ]
         finite = epsilon if plots.finite(epsilon) else None
         guarded.append(plots.Arm(name, finite, kid.value, kid.low, kid.high, trail))
-    charts = [("KID against privacy loss", plots.frontier(guarded, "epsilon", floor, "epsilon"))]
+    charts = [("KID against privacy loss", plots.frontier(guarded, "epsilon", floor, begun, "epsilon"))]
     quantity, unit, values = compute([arm for _, arm, _ in judged])
     size, unit_name = wording.axis_unit(max((v for v in values if v is not None), default=0.0), unit)
     for (name, _, kid), value in zip(judged, values, strict=True):
@@ -156,7 +183,10 @@ def frontier_charts(names: list[str], arms: list[Metrics]) -> list[tuple[str, pl
             priced.append(plots.Arm(name, value / size, kid.value, kid.low, kid.high))
     if len(priced) == len(judged):
         charts.append(
-            ("KID against compute", plots.frontier(priced, f"{quantity}, {unit_name}", floor, "compute"))
+            (
+                "KID against compute",
+                plots.frontier(priced, f"{quantity}, {unit_name}", floor, begun, "compute"),
+            )
         )
     return charts
 
@@ -205,11 +235,14 @@ def write_comparison(path: Path, arms: list[Metrics], arm_dirs: list[Path]) -> P
         arm_row(name, own_title(arm, shared), arm, link_to(folder / REPORT, path), level and level[0])
         for name, arm, folder in zip(names, arms, arm_dirs, strict=True)
     ]
+    start = start_row(arms)
+    rows = [*([start] if start else []), *rows]
     warnings = sorted({w for row in rows if row.fidelity for w in row.fidelity.warnings})
     values = {
         "title": shared,
         "names": names,
         "rows": rows,
+        "start": start,
         "level": level,
         "on_gpu": any(row.gpu != wording.DASH for row in rows),
         "priced": NAMES[computing(arms[0].cost)][0],

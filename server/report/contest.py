@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from polyclinic.server.evaluation.estimate import Estimate
 from polyclinic.server.report.costs import LEARNING, NAMES, Quantity, total
-from polyclinic.server.report.metrics import Metrics, bytes_moved, first_and_last, worst_epsilon
+from polyclinic.server.report.metrics import Metrics, RoundFacts, bytes_moved, first_and_last, worst_epsilon
 from polyclinic.server.report.verdict import order, written, written_share
 from polyclinic.server.report.wording import arm_names, bound, listed, number, quantity
 
@@ -22,6 +22,38 @@ def final_faithfulness(arm: Metrics) -> Estimate | None:
     """Overall faithfulness of the last judged round."""
     ends = first_and_last(arm)
     return ends[1].faithfulness.overall.accuracy if ends and ends[1].faithfulness else None
+
+
+def shared_start(arms: list[Metrics]) -> RoundFacts | None:
+    """The judged public start that all arms began from, or None where they differ or it was not judged.
+
+    No patient's image has touched it: epsilon 0, whatever an arm adds.
+    """
+    ends = [first_and_last(arm) for arm in arms]
+    firsts = [e[0] for e in ends if e and e[0].round == 0 and e[1].round > 0]
+    kids = [r.fidelity.kid.value for r in firsts if r.fidelity]
+    if len(kids) < len(arms) or not all(math.isclose(kid, kids[0], rel_tol=1e-6) for kid in kids):
+        return None
+    return firsts[0] if firsts else None
+
+
+def beyond_start(names: list[str], arms: list[Metrics]) -> str | None:
+    """Say which arms are clearly better than the public start they all began from."""
+    start = shared_start(arms)
+    if start is None or start.fidelity is None:
+        return None
+    kid = start.fidelity.kid
+    ends = zip(names, map(final_kid, arms), strict=True)
+    ahead = [name for name, own in ends if own is not None and order(own, kid) == "below"]
+    told = [f"clearly closer in KID: {listed(ahead) if ahead else 'no arm'}"]
+    begun = f"KID {written(kid)}"
+    if start.faithfulness is not None:
+        seen = start.faithfulness.overall.accuracy
+        begun += f", balanced accuracy {written_share(seen)}"
+        finals = zip(names, map(final_faithfulness, arms), strict=True)
+        better = [name for name, own in finals if own is not None and order(own, seen) == "above"]
+        told.append(f"clearly more faithful: {listed(better) if better else 'no arm'}")
+    return f"The public start, which no patient's image has touched, has {begun}; {', '.join(told)}."
 
 
 def compute(arms: list[Metrics]) -> tuple[str, str, list[float | None]]:
@@ -124,6 +156,7 @@ def comparison_verdict(arms: list[Metrics]) -> list[str]:
         ),
         privacy(names, arms),
         price_of_privacy(names, arms),
+        beyond_start(names, arms),
         frontier(names, arms),
     ]
     name, unit, values = compute(arms)

@@ -276,13 +276,14 @@ class Arm:
     trail: Sequence[tuple[float, float]] = ()
 
 
-def frontier(arms: list[Arm], xlabel: str, floor: float | None, salt: str) -> Chart:
+def frontier(arms: list[Arm], xlabel: str, floor: float | None, start: float | None, salt: str) -> Chart:
     """Draw each arm's final KID over what it cost; arms without privacy stand apart on the right.
 
     Args:
         arms: The arms.
         xlabel: What the horizontal axis counts.
         floor: KID between halves of the reference, drawn as a band.
+        start: KID of the public start that all arms share, drawn as a line.
         salt: Name that is this chart's alone on the page.
     """
     finite = [x for a in arms for x in (a.x, *(t[0] for t in a.trail)) if x is not None]
@@ -299,6 +300,8 @@ def frontier(arms: list[Arm], xlabel: str, floor: float | None, salt: str) -> Ch
         if floor is not None and floor > 0:
             axes.axhspan(0, floor, color=FLOOR, alpha=0.16, linewidth=0)
             axes.axhline(floor, color=FLOOR, linewidth=1.2)
+        if start is not None:
+            axes.axhline(start, color=MUTED, linewidth=1.1, linestyle=(0, (5, 3)))
         for i, arm in enumerate(arms):
             colour = SERIES[i % len(SERIES)]
             x = places[arm.label] if arm.x is None else arm.x
@@ -324,7 +327,9 @@ def frontier(arms: list[Arm], xlabel: str, floor: float | None, salt: str) -> Ch
             words.append("no DP")
         axes.set_xticks(ticks, words)
         axes.set_xlim(0, right)
-        heights = [v for a in arms for v in (a.y, a.low, a.high, *(t[1] for t in a.trail)) if v is not None]
+        heights = [
+            v for a in arms for v in (a.y, a.low, a.high, start, *(t[1] for t in a.trail)) if v is not None
+        ]
         low, high = min(0.0, *heights), max(heights)
         axes.set_ylim(1.1 * low, high + 0.1 * (high - low) or 1)
         axes.set_ylabel("KID")
@@ -338,6 +343,9 @@ def frontier(arms: list[Arm], xlabel: str, floor: float | None, salt: str) -> Ch
     ]
     if floor is not None:
         marks.append(Mark("floor: real against real", "--floor", band=True))
+    if start is not None:
+        marks.append(Mark("public start", "--muted", dash="5 3"))
+        label += f"; the public start {number(start)}"
     return chart(draw, label, marks, f"frontier {salt}")
 
 

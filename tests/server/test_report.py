@@ -247,6 +247,14 @@ def test_comparison_names_the_winners(comparison: tuple[Path, list[Metrics]]) ->
     assert "not clearly ahead of federated." in said[0]
     assert any(s.startswith("Privacy: only dp (epsilon 7.8)") for s in said)
     assert any("price of privacy" in s and "2.3 times" in s for s in said)
+    # What the public start had before any site trained stands in the table and in the verdict.
+    start = next(r.fidelity.kid for r in arms[0].rounds if r.round == 0 and r.fidelity)
+    begun = next(s for s in said if s.startswith("The public start"))
+    assert f"KID {wording.number(start.value)}" in begun
+    assert "closer in KID: pooled, federated and dp" in begun
+    assert "public data alone" in page.text
+    other = arms[2].model_copy(update={"rounds": arms[2].rounds[1:]})
+    assert not any("public start" in s for s in comparison_verdict([*arms[:2], other]))
     assert "no DP" in page.text
     # Federated has the price and privacy of pooled, and a higher KID; the private arm is best at epsilon.
     assert "by value: pooled and dp; federated is beaten by pooled." in page.text
