@@ -12,6 +12,7 @@ from polyclinic.server.evaluation.estimate import Fidelity
 from polyclinic.server.evaluation.probe import ConceptFaithfulness
 from polyclinic.server.evaluation.results import ConceptUtility
 from polyclinic.server.report import plots, view, wording
+from polyclinic.server.report.comparability import comparability
 from polyclinic.server.report.contest import comparison_verdict, compute, shared_start
 from polyclinic.server.report.cost_summary import computing, target
 from polyclinic.server.report.costs import LEARNING, NAMES, total
@@ -247,6 +248,7 @@ def write_comparison(path: Path, arms: list[Metrics], arm_dirs: list[Path]) -> P
         "on_gpu": any(row.gpu != wording.DASH for row in rows),
         "priced": NAMES[computing(arms[0].cost)][0],
         "verdict": comparison_verdict(arms),
+        "unfair": comparability(names, arms),
         "notices": wording.notices(arms),
         "open_arms": [name for name, arm in zip(names, arms, strict=True) if not arm.private],
         "simulated": any(arm.simulated for arm in arms),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from polyclinic.server.evaluation.estimate import Estimate
+from polyclinic.server.report.comparability import comparability, final_fidelity
 from polyclinic.server.report.costs import LEARNING, NAMES, Quantity, total
 from polyclinic.server.report.metrics import Metrics, RoundFacts, bytes_moved, first_and_last, worst_epsilon
 from polyclinic.server.report.verdict import order, written, written_share
@@ -14,8 +15,8 @@ from polyclinic.server.report.wording import arm_names, bound, listed, number, q
 
 def final_kid(arm: Metrics) -> Estimate | None:
     """KID of the last judged round."""
-    ends = first_and_last(arm)
-    return ends[1].fidelity.kid if ends and ends[1].fidelity else None
+    found = final_fidelity(arm)
+    return found.kid if found else None
 
 
 def final_faithfulness(arm: Metrics) -> Estimate | None:
@@ -133,10 +134,10 @@ def comparison_verdict(arms: list[Metrics]) -> list[str]:
     """Say which arm wins on fidelity, faithfulness, privacy, compute and traffic.
 
     Args:
-        arms: Metrics of the arms, judged by the same prompts against the same reference.
+        arms: Metrics of the arms.
 
     Returns:
-        Sentences, most important first.
+        Sentences, most important first; what was not equal between the arms before all others.
     """
     names = arm_names(arms)
     said = [
@@ -162,7 +163,8 @@ def comparison_verdict(arms: list[Metrics]) -> list[str]:
     name, unit, values = compute(arms)
     said.append(cheapest(names, values, unit, f"{name}, judging apart"))
     said.append(cheapest(names, [float(sum(bytes_moved(a))) for a in arms], "B", "Traffic"))
-    return [sentence for sentence in said if sentence] + comparability(names, arms)
+    # What makes a comparison unfair is read before who won it.
+    return [*comparability(names, arms), *(s for s in said if s), *unjudged(names, arms)]
 
 
 def beaten(names: list[str], arms: list[Metrics]) -> dict[str, str]:
@@ -210,16 +212,7 @@ def privacy(names: list[str], arms: list[Metrics]) -> str:
     return f"Privacy: {listed(words)} protect their patients; {sorted(spent)[0][1]} most."
 
 
-def comparability(names: list[str], arms: list[Metrics]) -> list[str]:
-    """Warn where arms were not judged alike."""
-    said = []
-    if any(arm.prompts != arms[0].prompts for arm in arms):
-        said.append("Not a fair comparison: the arms were judged by different prompts.")
-    ends = [first_and_last(arm) for arm in arms]
-    protocols = {(e[1].fidelity.extractor, e[1].fidelity.protocol) for e in ends if e and e[1].fidelity}
-    if len(protocols) > 1:
-        said.append("Not a fair comparison: the arms were judged by different extractors or protocols.")
-    unjudged = [name for name, e in zip(names, ends, strict=True) if e is None]
-    if unjudged:
-        said.append(f"Not judged: {listed(unjudged)}.")
-    return said
+def unjudged(names: list[str], arms: list[Metrics]) -> list[str]:
+    """Name the arms that were not judged."""
+    found = [name for name, arm in zip(names, arms, strict=True) if first_and_last(arm) is None]
+    return [f"Not judged: {listed(list(dict.fromkeys(found)))}."] if found else []

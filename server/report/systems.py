@@ -10,8 +10,9 @@ from polyclinic.common.files import write_atomic
 from polyclinic.common.study import Study
 from polyclinic.server.evaluation.estimate import Estimate
 from polyclinic.server.report import wording
+from polyclinic.server.report.comparability import comparability
 from polyclinic.server.report.comparison import link_to, side_by_side
-from polyclinic.server.report.contest import final_faithfulness, final_kid, winner
+from polyclinic.server.report.contest import final_faithfulness, final_kid, unjudged, winner
 from polyclinic.server.report.costs import LEARNING, merged, total
 from polyclinic.server.report.html import REPORT, environment
 from polyclinic.server.report.metrics import Metrics, bytes_moved, first_and_last, worst_epsilon
@@ -117,8 +118,9 @@ def row_of(entry: Entry, page: Path) -> Row:
 
 
 def verdict(entries: Sequence[Entry]) -> list[str]:
-    """Say who wins on fidelity under each budget and way of training, and how large the equal hours are."""
-    said = []
+    """Say what is unequal between the arms, then who wins on fidelity at each budget and way of training."""
+    names, arms = [e.name for e in entries], [e.metrics for e in entries]
+    said = comparability(names, arms)
     for budget, words in BUDGETS.items():
         for mode in dict.fromkeys(e.mode for e in entries):
             own = [e for e in entries if e.mode == mode and budget in e.budgets]
@@ -130,7 +132,7 @@ def verdict(entries: Sequence[Entry]) -> list[str]:
                 write=lambda e: f"KID {written(e)}",
             )
             said += [sentence] if sentence else []
-    return said
+    return said + unjudged(names, arms)
 
 
 def write_systems(path: Path, title: str, entries: Sequence[Entry]) -> Path:
@@ -139,7 +141,7 @@ def write_systems(path: Path, title: str, entries: Sequence[Entry]) -> Path:
     Args:
         path: Where it will stand.
         title: Of the comparison.
-        entries: Arms in the order in which they are shown; judged by the same prompts and reference.
+        entries: Arms in the order in which they are shown.
 
     Returns:
         The path.
@@ -169,6 +171,7 @@ def write_systems(path: Path, title: str, entries: Sequence[Entry]) -> Path:
         "arms": len(entries),
         "modes": list(dict.fromkeys(e.mode for e in entries)),
         "verdict": verdict(entries),
+        "unfair": comparability([e.name for e in entries], arms),
         "open_arms": list(dict.fromkeys(e.mode for e in entries if not e.metrics.private)),
         "simulated": any(arm.simulated for arm in arms),
         "created": max(arm.created for arm in arms),
