@@ -68,7 +68,9 @@ def _add_make(command: argparse.ArgumentParser) -> None:
     command.add_argument("--title", default="Reader study", help="printed on the forms (%(default)s)")
     command.add_argument("--size", type=int, metavar="PX", help="side of every image; default: the smallest")
     command.add_argument("--fit", choices=("crop", "pad"), default="crop", help="square by (%(default)s)")
-    command.add_argument("--gray", action="store_true", help="take colour from all images")
+    command.add_argument(
+        "--gray", action="store_true", help="take colour from all images; done anyway where a group has none"
+    )
     command.add_argument("--prompts", action="store_true", help="show prompts; every image must have one")
     command.add_argument(
         "--ask",

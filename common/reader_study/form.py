@@ -23,7 +23,11 @@ ENVIRONMENT = jinja2.Environment(
 
 
 def form_html(
-    key: Key, commitment: str, rater: str, images: Sequence[bytes], prompts: Sequence[str | None]
+    key: Key,
+    commitment: str,
+    rater: str,
+    images: Sequence[tuple[bytes, bytes]],
+    prompts: Sequence[str | None],
 ) -> str:
     """Build a rater's form.
 
@@ -31,7 +35,7 @@ def form_html(
         key: The study's key.
         commitment: SHA-256 of the key's file.
         rater: Whose form.
-        images: JPEG bytes of each image.
+        images: JPEG bytes of each image, for its first showing and for a repeat.
         prompts: Prompt of each image, or nothing at all where prompts are not shown.
     """
     facts = {
@@ -44,7 +48,7 @@ def form_html(
         "images": [
             {
                 "id": showing.id,
-                "data": base64.b64encode(images[showing.image]).decode(),
+                "data": base64.b64encode(images[showing.image][showing.repeat]).decode(),
                 **({"prompt": prompts[showing.image]} if prompts else {}),
             }
             for showing in key.raters[rater]

@@ -8,9 +8,11 @@ resized to the side of the smallest one, so that none is enlarged, and written a
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import random
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,18 +66,45 @@ class Treatment:
     fit: str
     gray: bool
 
-    def apply(self, candidate: Candidate) -> bytes:
-        """Return the image as JPEG bytes without any metadata."""
+    def apply(self, candidate: Candidate) -> Shown:
+        """Treat an image; nothing of its file but its pixels is left."""
         from polyclinic.common.data.preprocess import make_square  # torch: only `make` waits for it
 
         image = open_image(candidate.path)
         if candidate.box:
             image = image.crop(candidate.box)
         square = make_square(image, self.size, self.fit)
-        clean = Image.fromarray(np.asarray(square.convert("L" if self.gray else "RGB")))
-        data = io.BytesIO()
-        clean.save(data, "JPEG", quality=QUALITY, subsampling=0)
-        return data.getvalue()
+        pixels = np.asarray(square.convert("L" if self.gray else "RGB"))
+        colourless = pixels.ndim == 2 or bool((pixels == pixels[..., :1]).all())
+        digest = hashlib.sha256(pixels.tobytes()).digest()
+        return Shown((_encode(pixels), _encode(pixels)), colourless, digest)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A treated image: its JPEG for a first showing and for a repeat, and what `make` must know of it.
+
+    Attributes:
+        showings: The two files, each with noise of its own that nobody sees: by equal files, whoever looks
+            into a form would find the repeats.
+        colourless: Whether every pixel is exactly gray, as films are and a generator's colours are not.
+        digest: SHA-256 of the pixels before the noise.
+    """
+
+    showings: tuple[bytes, bytes]
+    colourless: bool
+    digest: bytes
+
+
+def _encode(pixels: np.ndarray) -> bytes:
+    """Write JPEG after moving each pixel by at most one level, all channels alike."""
+    noise = np.random.default_rng(secrets.randbits(128)).integers(-1, 2, pixels.shape[:2], dtype=np.int16)
+    moved = pixels + (noise if pixels.ndim == 2 else noise[..., None])
+    # An exactly black or white pixel stays: a speckled border would look like no border of a film.
+    moved = np.where((pixels == 0) | (pixels == 255), pixels, moved)
+    data = io.BytesIO()
+    Image.fromarray(moved.clip(0, 255).astype(np.uint8)).save(data, "JPEG", quality=QUALITY, subsampling=0)
+    return data.getvalue()
 
 
 def read_candidates(source: Path, table: str = "images.csv") -> list[Candidate]:
@@ -165,41 +194,47 @@ def choose_size(candidates: Sequence[Candidate], fit: str, asked: int | None) ->
             f"--size {asked}: {which} has only {smallest} px, and an enlarged image looks soft, which would "
             f"tell the groups apart; ask for at most {smallest}"
         )
-    size = asked or min(smallest, LARGEST)
+    size = min(smallest, LARGEST) if asked is None else asked
     if size < SMALLEST:
         raise BadInput(f"{which}: {size} px a side is too small to be read; at least {SMALLEST} are needed")
     return size
 
 
-def treat_all(groups: dict[str, list[Candidate]], treatment: Treatment) -> dict[str, list[bytes]]:
+def treat_all(groups: dict[str, list[Candidate]], treatment: Treatment) -> dict[str, list[Shown]]:
     """Treat every image of every group alike.
 
     Raises:
         BadInput: Two images are the same after the treatment: one group has a copy of another's.
     """
-    made: dict[str, list[bytes]] = {}
+    made: dict[str, list[Shown]] = {}
     seen: dict[bytes, Candidate] = {}
     with track("prepare images", sum(map(len, groups.values()))) as advance:
         for group, candidates in groups.items():
             for candidate in candidates:
-                data = treatment.apply(candidate)
-                other = seen.setdefault(data, candidate)
+                shown = treatment.apply(candidate)
+                other = seen.setdefault(shown.digest, candidate)
                 if other is not candidate:
                     raise BadInput(
                         f"{candidate.name} and {other.name} are the same image; take one of them away"
                     )
-                made.setdefault(group, []).append(data)
+                made.setdefault(group, []).append(shown)
                 advance()
     return made
 
 
-def giveaways(groups: dict[str, list[Candidate]], made: dict[str, list[bytes]], prompts: bool) -> list[str]:
+def gray_groups(made: dict[str, list[Shown]]) -> list[str]:
+    """Name the groups without any colour, where another group has some: the rest must lose theirs."""
+    without = [group for group, images in made.items() if all(image.colourless for image in images)]
+    return without if len(without) < len(made) else []
+
+
+def giveaways(groups: dict[str, list[Candidate]], made: dict[str, list[Shown]], prompts: bool) -> list[str]:
     """Name what would still tell real from synthetic without looking at what is shown."""
     found = []
-    tinted = {group: sum(map(_is_tinted, images)) for group, images in made.items()}
-    if any(tinted.values()) and 0 in tinted.values():
-        without = ", ".join(group for group, count in tinted.items() if not count)
-        found.append(f"only some groups have colour ({without}: none at all); --gray takes it from all")
+    gray = {group: sum(image.colourless for image in images) for group, images in made.items()}
+    if any(gray.values()) and 0 in gray.values():
+        some = ", ".join(f"{group}: {count} of {len(made[group])}" for group, count in gray.items() if count)
+        found.append(f"only some groups have images without any colour ({some}); --gray takes it from all")
     if prompts:
         said = {group: [_words(c.prompt or "") for c in candidates] for group, candidates in groups.items()}
         for group, ours in said.items():
@@ -215,8 +250,3 @@ def giveaways(groups: dict[str, list[Candidate]], made: dict[str, list[bytes]], 
 
 def _words(prompt: str) -> set[str]:
     return set(re.findall(r"[^\W\d_]+", prompt.lower()))
-
-
-def _is_tinted(data: bytes) -> bool:
-    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.int16)
-    return bool((pixels.max(axis=2) - pixels.min(axis=2)).max() > 8)

@@ -7,7 +7,7 @@ import io
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Plan:
         repeats: Share of the images that each rater sees a second time.
         size: Pixels a side; None takes the largest that enlarges nothing.
         fit: `crop` or `pad`.
-        gray: Take colour from all images.
+        gray: Take colour from all images; done anyway where a group has none.
         prompts: Show prompts; every image must have one.
         ask: `quality`, `prompt` or sentences of one's own, rated from 1 to 5.
         real_is_public: The real images are public, so nothing here is private.
@@ -100,6 +100,10 @@ def make_study(plan: Plan, out: Path, sealed: Path) -> dict[str, Any]:
             )
     treatment = Treatment(pictures.choose_size(chosen, plan.fit, plan.size), plan.fit, plan.gray)
     made = pictures.treat_all(groups, treatment)
+    gray = pictures.gray_groups(made)
+    if gray:  # a film is exactly gray, a generator of colours never quite: a script would tell them apart
+        treatment = replace(treatment, gray=True)
+        made = pictures.treat_all(groups, treatment)
     repeats = math.ceil(plan.repeats * len(chosen))
     names = [group for group, members in groups.items() for _ in members]
     key = make_key(plan.title, names, plan.raters, repeats, questions, plan.real_is_public)
@@ -109,14 +113,15 @@ def make_study(plan: Plan, out: Path, sealed: Path) -> dict[str, Any]:
     commitment = write_key(sealed, key)
     write_atomic(sealed / SOURCES, _sources(chosen, names), mode=0o600)
     write_atomic(out / "README.txt", (PUBLIC if plan.real_is_public else KEEP).encode(), mode=0o600)
-    data = [image for group in made.values() for image in group]
+    data = [image.showings for group in made.values() for image in group]
     prompts = [candidate.prompt for candidate in chosen] if plan.prompts else []
     with track("write forms", plan.raters) as advance:
         for rater in key.raters:
             form = form_html(key, commitment, rater, data, prompts)
             write_atomic(out / f"{rater}.html", form.encode(), mode=0o600)
             advance()
-    return _facts(plan, key, commitment, treatment, repeats, pictures.giveaways(groups, made, plan.prompts))
+    facts = _facts(plan, key, commitment, treatment, repeats, pictures.giveaways(groups, made, plan.prompts))
+    return {**facts, "without_colour": gray}
 
 
 def _check(plan: Plan, out: Path, sealed: Path) -> list[Question]:
@@ -125,6 +130,12 @@ def _check(plan: Plan, out: Path, sealed: Path) -> list[Question]:
             raise BadInput(f"{option} {folder}: is there already; name a new folder")
     if sealed.resolve().is_relative_to(out.resolve()):
         raise BadInput(f"--sealed {sealed}: lies where the forms are; the key must be kept apart from them")
+    for source in (plan.real, *plan.synthetic.values()):
+        for folder, option in ((out, "--out"), (sealed, "--sealed")):
+            if folder.resolve().is_relative_to(source.resolve()):
+                raise BadInput(
+                    f"{option} {folder}: lies among the images of {source}; name a folder elsewhere"
+                )
     if not plan.synthetic:
         raise BadInput("--synthetic is missing; name at least one generator and its folder, as NAME=DIR")
     if plan.raters < 1:
@@ -138,6 +149,8 @@ def _check(plan: Plan, out: Path, sealed: Path) -> list[Question]:
         raise BadInput(f"--repeats {plan.repeats}: write a share from 0 to 0.5")
     if "prompt" in plan.ask and not plan.prompts:
         raise BadInput("--ask prompt: raters can judge this only if they see prompts; add --prompts")
+    if not all(text.strip() for text in plan.ask):
+        raise BadInput("--ask: an empty question; write a statement that raters can agree with")
     own = (text for text in plan.ask if text not in ASKED)
     return [
         Question(name=text, text=ASKED[text]) if text in ASKED else Question(name=f"own{number}", text=text)

@@ -137,6 +137,9 @@ def made(facts: Facts) -> str:
         f"generator with power {facts['power']:g}; guessing gets 50 %",
         *(f"warning: {text}" for text in facts["giveaways"]),
     ]
+    if facts["without_colour"]:
+        none = ", ".join(facts["without_colour"])
+        lines.append(f"colour was taken from all images, since these have none: {none}")
     if not facts["real_is_public"]:
         lines.append(
             "The forms hold images of patients: they stay at this hospital, and nothing here is sent."

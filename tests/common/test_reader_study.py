@@ -9,6 +9,7 @@ import stat
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -89,7 +90,7 @@ def test_metadata_and_orientation_are_gone(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 3, "camera of Hospital A"  # turned upside down
     image.save(tmp_path / "a.jpg", exif=exif, comment=b"Jane Doe", icc_profile=b"profile")
-    data = Treatment(40, "crop", False).apply(Candidate(tmp_path / "a.jpg"))
+    data = Treatment(40, "crop", False).apply(Candidate(tmp_path / "a.jpg")).showings[0]
     assert b"Hospital" not in data
     assert b"Jane" not in data
     assert b"profile" not in data
@@ -278,7 +279,7 @@ def test_a_runs_sample_sheet_is_cut_into_its_images(tmp_path: Path, make_study: 
     found = read_candidates(tmp_path)
     assert [c.prompt for c in found] == ["a polyp"] * 3 + ["no polyp"] * 3
     assert {c.path.name for c in found} == {"round-0003.png"}
-    last = Image.open(io.BytesIO(Treatment(32, "crop", False).apply(found[-1])))
+    last = Image.open(io.BytesIO(Treatment(32, "crop", False).apply(found[-1]).showings[0]))
     assert last.getpixel((16, 16)) > (240, 0, 0)  # type: ignore[operator]
     assert choose_size(found, "crop", None) == 32
 
@@ -292,7 +293,9 @@ def test_a_runs_sample_sheet_is_cut_into_its_images(tmp_path: Path, make_study: 
         ({"size": 8}, "too small to be read"),
         ({"raters": 0}, "--raters 0"),
         ({"repeats": 0.9}, "--repeats 0.9"),
+        ({"size": 0}, "0 px a side is too small to be read"),
         ({"ask": ("prompt",)}, "add --prompts"),
+        ({"ask": ("quality", " ")}, "--ask: an empty question"),
         ({"synthetic": {}}, "--synthetic is missing"),
         ({"real": Path("/nowhere")}, "/nowhere: no such folder"),
     ],
@@ -318,6 +321,8 @@ def test_bad_folders_end_in_a_sentence(tmp_path: Path) -> None:
         make_study(plan(other), tmp_path / "full", sealed)
     with pytest.raises(BadInput, match="must be kept apart"):
         make_study(plan(other), out, out / "sealed")
+    with pytest.raises(BadInput, match=r"--sealed .* lies among the images of"):
+        make_study(plan(other), out, real / "sealed")
     with pytest.raises(BadInput, match="are the same image"):
         make_study(plan(real), out, sealed)
     with pytest.raises(BadInput, match="has no prompt, and prompts are shown only if every image has one"):
@@ -329,15 +334,47 @@ def test_bad_folders_end_in_a_sentence(tmp_path: Path) -> None:
         make_study(Plan(real, {"g": other}, per_group=12, raters=1), out, sealed)
 
 
+def channels(path: Path) -> list[np.ndarray]:
+    """Pixels of every image of a form, as whoever looks into it has them."""
+    images = form_facts(path)["images"]
+    assert isinstance(images, list)
+    files = [io.BytesIO(base64.b64decode(image["data"])) for image in images]
+    return [np.asarray(Image.open(file).convert("RGB")).astype(int) for file in files]
+
+
 def test_what_gives_the_groups_away_is_named(tmp_path: Path) -> None:
-    gray = draw_folder(tmp_path / "gray", 12, (90, 90, 90), columns=CAPTIONS)
-    for path in gray.glob("*.png"):
+    mixed = draw_folder(tmp_path / "mixed", 12, (90, 90, 90), columns=CAPTIONS)
+    for path in sorted(mixed.glob("*.png"))[:6]:
         Image.open(path).convert("L").save(path)
-    table = gray / "images.csv"
+    table = mixed / "images.csv"
     table.write_text(table.read_text().replace("polyp", "polypoid lesion"))
-    made = small_study(tmp_path / "a", prompts=True, synthetic={"gray": gray})
+    made = small_study(tmp_path / "a", prompts=True, synthetic={"mixed": mixed})
     colour, *wording = made.facts["giveaways"]
-    assert "only some groups have colour (gray: none at all); --gray" in colour
-    assert "10 of 10 prompts of gray have words that no prompt of another group has" in wording[-1]
-    plain = small_study(tmp_path / "b", synthetic={"gray": gray}, gray=True)
+    assert re.search(r"without any colour \(mixed: [4-6] of 10\); --gray", colour)
+    assert "10 of 10 prompts of mixed have words that no prompt of another group has" in wording[-1]
+    plain = small_study(tmp_path / "b", synthetic={"mixed": mixed}, gray=True)
     assert plain.facts["giveaways"] == []
+
+
+def test_films_are_not_told_from_drawings_that_are_nearly_gray(tmp_path: Path) -> None:
+    """A generator of colours draws a film with a tint that no eye sees and any script does."""
+    films, drawn = (
+        draw_folder(tmp_path / name, 12, hue) for name, hue in (("f", (90,) * 3), ("d", (70,) * 3))
+    )
+    for path in films.glob("*.png"):
+        Image.open(path).convert("L").save(path)
+    for path in drawn.glob("*.png"):
+        gray = np.asarray(Image.open(path).convert("L")).astype(int)
+        Image.fromarray(np.stack([gray + 2, gray, gray - 2], -1).clip(0, 255).astype(np.uint8)).save(path)
+    made = small_study(tmp_path / "a", real=films, synthetic={"drawn": drawn})
+    assert made.facts["without_colour"] == ["real"]
+    assert made.facts["giveaways"] == []
+    assert all(bool((p == p[..., :1]).all()) for p in channels(made.out / "rater-1.html"))
+
+
+def test_a_repeat_is_not_found_by_its_file(study: Made) -> None:
+    shown, pixels = study.key.raters["rater-1"], channels(study.out / "rater-1.html")
+    assert len({p.tobytes() for p in pixels}) == len(pixels)
+    for showing, again in zip(shown, pixels, strict=True):
+        first = next(p for s, p in zip(shown, pixels, strict=True) if s.image == showing.image)
+        assert abs(again - first).mean() < 2  # nobody sees it
