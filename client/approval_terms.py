@@ -8,14 +8,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from polyclinic.client.approval import check_base, list_approvals, noise_of, open_approval
+from polyclinic.client.approval import check_base, list_approvals, noise_of, open_approval, set_apart
 from polyclinic.client.ledger_books import Books
 from polyclinic.client.ledger_chain import inspect
+from polyclinic.client.membership import idle_words
 from polyclinic.client.policy import Policy, check_noise, check_study, load_policy
 from polyclinic.common.adapters import trained
 from polyclinic.common.cost import view_flops
-from polyclinic.common.data.table import Record
+from polyclinic.common.data.table import Record, patients_of
 from polyclinic.common.device import pick_device
+from polyclinic.common.features.copies import fewest_alarming
 from polyclinic.common.features.fourier import BOUND
 from polyclinic.common.generators.base import BaseFiles, Tensors, load_family, trainable
 from polyclinic.common.generators.checkpoint import licence
@@ -123,6 +125,7 @@ def terms(
         "releases": {name: _release(study, name, z) for name, z in releases.items()},
         "leakage_gate": study.releases.leakage_gate,
         "held_out": study.releases.held_out if study.releases.leakage_gate else 0.0,
+        "gate": _gate(records, resolved),
         "canaries": study.privacy.canaries if study.privacy.enabled else 0,
         "epsilon_before": _finite(spent[0]),
         "epsilon_after": _finite(spent[0] + more[0]),
@@ -161,6 +164,35 @@ def _release(study: Study, name: str, noise: float) -> dict[str, float | str]:
     alone = claim(((noise, 1.0, 1),), study.privacy.delta) if private else "inf"
     bound = BOUND if name == "fidelity" else 1.0
     return {"noise": noise, "epsilon": alone, "bound": bound, "length": study.releases.fourier_features + 1}
+
+
+def _gate(records: list[Record], resolved: Resolved) -> dict[str, Any] | None:
+    """Gather what the leakage gate can find among this site's patients; None without one."""
+    scale = resolved.public.near if resolved.public else None
+    if not resolved.study.releases.leakage_gate or scale is None:
+        return None
+    trained, held_out = (patients_of(part) for part in set_apart(records, resolved))
+    sizes = [len(images) for images in trained.values()]
+    return {
+        "trained": len(trained),
+        "held_out": len(held_out),
+        "fewest_copied": fewest_alarming(sizes, len(held_out), scale),
+        "membership_idle": idle_words(len(trained), len(held_out)),
+    }
+
+
+def _gate_words(gate: dict[str, Any], unit: str) -> str:
+    fewest, idle = gate["fewest_copied"], gate["membership_idle"]
+    alarm = (
+        f"its count raises the alarm from near copies of {fewest} of them on"
+        if fewest
+        else "its count can raise no alarm, even where all of them are copied: look at the pairs yourself"
+    )
+    test = f"The membership test {idle}." if idle else "The membership test can be made."
+    return (
+        f"what the gate can find here: {gate['trained']} {unit}s are trained on and {gate['held_out']} are "
+        f"not; {alarm}, and from one almost exact copy on. {test}"
+    )
 
 
 def _finite(value: float) -> float | str:
@@ -242,6 +274,8 @@ def _once(facts: dict[str, Any]) -> list[str]:
             f"{facts['held_out']:.0%} of your {unit}s, by a keyed hash of their ids, are not trained on, so "
             "that there is somebody to compare with."
         )
+        if facts["gate"]:
+            said.append(_gate_words(facts["gate"], unit))
     if "copies" in sums:
         said.append(
             f"copies: with `released`, and only then, the number of {unit}s of whom a near copy was drawn; a "

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
-from scipy import stats
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from polyclinic.client.approval import Approval, images_path, set_apart, site_extractor
@@ -27,16 +26,15 @@ from polyclinic.common.data.pixels import load_pixels
 from polyclinic.common.data.table import Record, patients_of
 from polyclinic.common.device import pick_device
 from polyclinic.common.drawing import sample
+from polyclinic.common.features.copies import ALARM, Tally, chance_of
 from polyclinic.common.features.extractor import Extractor
-from polyclinic.common.features.near import Nearest, nearest_by_features, nearest_by_pixels, thumbnails
+from polyclinic.common.features.near import EXACT, Nearest, nearest_by_features, nearest_by_pixels, thumbnails
 from polyclinic.common.files import write_atomic
 from polyclinic.common.generators.base import Family, Tensors, load_family, load_trainable_state
 from polyclinic.common.generators.public import hash_state
 from polyclinic.common.progress import track
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.study import PublicScale
-
-ALARM = 1e-3  # chance of a false alarm by near copies
+from polyclinic.common.study import NearScale
 
 
 class _Local(BaseModel):
@@ -54,7 +52,8 @@ class Pair(_Local):
         features: Smallest feature distance over the patient's images.
         pixels: Smallest distance of aligned pixels.
         near: Either is below its threshold.
-        ratio: The smaller of both in units of its threshold; below 1 where near.
+        ratio: The smaller of both in units of its threshold; below 1 where near, below `EXACT` where the
+            drawn image is that image, or almost.
     """
 
     patient: str
@@ -76,14 +75,12 @@ class Findings(_Local):
         created: When, UTC.
         images: Images drawn.
         seed: They were drawn with; the site's own.
-        public: Thresholds, and what they are worth.
+        scale: Thresholds, and what they are worth.
         trained: Patients that were trained on.
         held_out: Patients that were not.
-        expected: Near copies expected among those trained on: by chance `public.alpha`, or, where that is
-            more, as among those held out.
-        chance: Of so many or more.
+        expected: Near copies expected by chance among those trained on, at most.
+        chance: Of so many or more, had nothing been memorised (`copies.chance_of`).
         membership: The membership test; None where too few patients were held out.
-        reasons: Why a person may want to say `not released`; empty: nothing was found.
     """
 
     run: str
@@ -91,18 +88,43 @@ class Findings(_Local):
     created: str
     images: int
     seed: str
-    public: PublicScale
+    scale: NearScale
     trained: list[Pair]
     held_out: list[Pair]
     expected: float
     chance: float
     membership: Membership | None
-    reasons: list[str]
 
     @property
     def found(self) -> int:
         """Patients trained on, of whom a near copy was drawn."""
         return sum(pair.near for pair in self.trained)
+
+    @property
+    def exact(self) -> int:
+        """Patients trained on, of whom an almost exact copy was drawn."""
+        return sum(pair.ratio < EXACT for pair in self.trained)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why a person may want to say `not released`."""
+        reasons = []
+        if self.exact:
+            reasons.append(
+                f"almost exact copies of {self.exact} of {len(self.trained)} patients were drawn: nearer "
+                f"than {EXACT:g} of what is near"
+            )
+        if self.chance < ALARM:
+            reasons.append(
+                f"near copies of {self.found} of {len(self.trained)} patients were drawn, where chance "
+                f"explains {self.expected:.1f}"
+            )
+        if self.membership and self.membership.alarming:
+            reasons.append(
+                f"who was trained on can be told by the loss: AUC {self.membership.auc:.2f} "
+                f"({self.membership.low:.2f} to {self.membership.high:.2f}), where 0.5 tells nothing"
+            )
+        return reasons
 
     @property
     def advice(self) -> Literal["release", "veto"]:
@@ -139,7 +161,8 @@ def inspect_final(home: Path, approval: Approval) -> tuple[Findings, Tensor]:
     """
     resolved, study = approval.resolved, approval.resolved.study
     extractor = site_extractor(resolved)
-    if not study.releases.leakage_gate or extractor is None or resolved.public is None:
+    scale = resolved.public.near if resolved.public else None
+    if not study.releases.leakage_gate or extractor is None or scale is None:
         raise BadInput(f"{resolved.run_name}: its study has no leakage gate (releases.leakage_gate)")
     state = load_final(home, approval)
     family = _family(approval, state)
@@ -148,16 +171,8 @@ def inspect_final(home: Path, approval: Approval) -> tuple[Findings, Tensor]:
     images = sample(family, study, wanted, f"draw {resolved.run_name}", seed)
     drawn = Looks.of(images, extractor)
     groups = set_apart(_records(home, approval), resolved)
-    trained, held_out = ([*_pairs(group, drawn, extractor, approval)] for group in groups)
-    # Of a patient with k images, each of which is found near with chance alpha at most.
+    trained, held_out = (_pairs(group, drawn, extractor, approval, scale) for group in groups)
     sizes = [len(own) for own in patients_of(groups[0]).values()]
-    expected = sum(min(1.0, size * resolved.public.alpha) for size in sizes)
-    # How often patients are found near whom it has not seen: only to judge by, here. A flag depends on public
-    # things and its own patient alone.
-    if held_out:
-        expected = max(expected, len(trained) * sum(pair.near for pair in held_out) / len(held_out))
-    found = sum(pair.near for pair in trained)
-    chance = float(stats.poisson.sf(found - 1, expected)) if found else 1.0
     membership = None
     if approval.held_out_index:
         caches = [load_cache(home / "cache", i) for i in (approval.cache_index, approval.held_out_index)]
@@ -168,65 +183,58 @@ def inspect_final(home: Path, approval: Approval) -> tuple[Findings, Tensor]:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         images=len(images),
         seed=seed,
-        public=resolved.public,
+        scale=scale,
         trained=trained,
         held_out=held_out,
-        expected=expected,
-        chance=chance,
+        # Of a patient with k images, each of which is found near with chance alpha at most.
+        expected=sum(min(1.0, size * scale.alpha) for size in sizes),
+        chance=chance_of(_tally(trained, scale), _tally(held_out, scale), sizes, scale),
         membership=membership,
-        reasons=_reasons(found, len(trained), expected, chance, membership),
     )
     return findings, images
 
 
-def nearest_pair(records: list[Record], own: Looks, drawn: Looks, public: PublicScale) -> Pair:
+def nearest_pair(records: list[Record], own: Looks, drawn: Looks, scale: NearScale) -> Pair:
     """Find the drawn image nearest to one patient: a function of this patient's images and public things."""
     by_features: Nearest = nearest_by_features(own.features, drawn.features)
     by_pixels: Nearest = nearest_by_pixels(own.small, drawn.small)
-    ratios = torch.stack(
-        [by_features.distances / public.near_features, by_pixels.distances / public.near_pixels]
-    )
+    ratios = torch.stack([by_features.distances / scale.features, by_pixels.distances / scale.pixels])
     which, row = divmod(int(ratios.argmin()), len(records))
+    features, pixels = float(by_features.distances.min()), float(by_pixels.distances.min())
     return Pair(
         patient=records[row].patient,
         image=records[row].image,
         part=records[row].part,
         drawn=int((by_features, by_pixels)[which].rows[row]),
-        features=float(by_features.distances.min()),
-        pixels=float(by_pixels.distances.min()),
-        near=bool(ratios.min() < 1),
+        features=features,
+        pixels=pixels,
+        near=features < scale.features or pixels < scale.pixels,
         ratio=float(ratios.min()),
     )
 
 
-def _pairs(records: list[Record], drawn: Looks, extractor: Extractor, approval: Approval) -> list[Pair]:
+def _pairs(
+    records: list[Record], drawn: Looks, extractor: Extractor, approval: Approval, scale: NearScale
+) -> list[Pair]:
     """One patient at a time, so that nobody's result can depend on who else is there."""
-    data, public = approval.resolved.study.data, approval.resolved.public
-    assert public is not None
+    data = approval.resolved.study.data
     pairs = []
     patients = patients_of(records)
     with track("compare patients", len(patients)) as advance:
         for own in patients.values():
             looks = Looks.of(load_pixels(own, data.image_size, data.fit) / 2 + 0.5, extractor)
-            pairs.append(nearest_pair(own, looks, drawn, public))
+            pairs.append(nearest_pair(own, looks, drawn, scale))
             advance(1)
     return pairs
 
 
-def _reasons(
-    found: int, patients: int, expected: float, chance: float, membership: Membership | None
-) -> list[str]:
-    reasons = []
-    if chance < ALARM:
-        reasons.append(
-            f"near copies of {found} of {patients} patients were drawn, where chance explains {expected:.1f}"
-        )
-    if membership and membership.alarming:
-        reasons.append(
-            f"who was trained on can be told by the loss: AUC {membership.auc:.2f} "
-            f"({membership.low:.2f} to {membership.high:.2f}), where 0.5 tells nothing"
-        )
-    return reasons
+def _tally(pairs: list[Pair], scale: NearScale) -> Tally:
+    return Tally(
+        patients=len(pairs),
+        features=sum(pair.features < scale.features for pair in pairs),
+        pixels=sum(pair.pixels < scale.pixels for pair in pairs),
+        either=sum(pair.near for pair in pairs),
+    )
 
 
 def _family(approval: Approval, state: Tensors) -> Family:
@@ -266,7 +274,10 @@ def read_findings(home: Path, approval: Approval) -> Findings:
     """
     path = folder_of(home, approval) / "findings.json"
     model = hash_state(load_final(home, approval))
-    findings = Findings.model_validate_json(path.read_bytes()) if path.exists() else None
+    try:
+        findings = Findings.model_validate_json(path.read_bytes()) if path.exists() else None
+    except ValidationError:  # of another release, or damaged
+        findings = None
     if findings is None or findings.model != model:
         raise BadInput(
             f"{path}: nobody has looked at this generator; run `polyclinic-client leakage "

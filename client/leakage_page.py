@@ -11,8 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from polyclinic.client.leakage import Findings, Pair
+from polyclinic.client.membership import idle_words
 from polyclinic.common.data.images import open_image
 from polyclinic.common.data.preprocess import preprocess
+from polyclinic.common.features.copies import ALARM
+from polyclinic.common.features.near import EXACT
 from polyclinic.common.settings import DataSettings
 
 SHOWN = 24
@@ -40,23 +43,22 @@ def page(findings: Findings, images: Tensor, data: DataSettings) -> str:
         images: The drawn images, `[n, 3, H, W]` in [0, 1].
         data: How the site's own images are made square.
     """
-    ordered = sorted(findings.trained, key=lambda pair: pair.ratio)[:SHOWN]
+    # Whoever was found near is shown, however many.
+    ordered = sorted(findings.trained, key=lambda pair: pair.ratio)[: max(SHOWN, findings.found)]
     suspected = "\n".join(_figure(pair, images, data) for pair in ordered)
-    held_out = sum(pair.near for pair in findings.held_out)
+    held_out, scale = sum(pair.near for pair in findings.held_out), findings.scale
     rows = [
         ("near copies among patients trained on", f"{findings.found} of {len(findings.trained)}"),
-        (
-            "expected by chance, or by the patients held out",
-            f"{findings.expected:.2f} (so many or more: {findings.chance:.2g})",
-        ),
+        ("of them almost exact", str(findings.exact)),
+        ("expected by chance, at most", f"{findings.expected:.2f}"),
         ("near copies among patients held out", f"{held_out} of {len(findings.held_out)}"),
+        ("chance of so many near copies, at most", f"{findings.chance:.2g} (an alarm below {ALARM:g})"),
         ("membership test", membership_words(findings)),
         ("images drawn here", f"{findings.images}, with a seed of this site's own"),
         (
             "a near copy is nearer than",
-            f"{findings.public.near_features:.3f} by features or {findings.public.near_pixels:.3f} by "
-            f"aligned pixels: of public images at most {findings.public.alpha:.2%} are, to other patients or "
-            "to what the start draws",
+            f"{scale.features:.3f} by features or {scale.pixels:.3f} by aligned pixels: of public images at "
+            f"most {scale.alpha:.2%} are, to other patients or to what the start draws",
         ),
         ("final generator", findings.model),
     ]
@@ -78,16 +80,23 @@ scar, a marking, the exact outline. Finding none does not prove that nothing was
 
 def verdict_words(findings: Findings) -> str:
     """Say what the numbers suggest."""
+    near = f"{findings.found} near {'copy' if findings.found == 1 else 'copies'}"
     if findings.reasons:
-        return "The numbers advise `not released`: " + "; ".join(findings.reasons) + "."
-    return "The numbers show no gross copying. Look at the pairs, then decide."
+        look = f" {near}: look at each." if findings.found else ""
+        return "The numbers advise `not released`: " + "; ".join(findings.reasons) + f".{look}"
+    if findings.found:
+        return (
+            f"{near}, no more than chance explains, which does not say that they are chance: look at each, "
+            "then decide."
+        )
+    return "No near copy was drawn. That finds gross copying only: look at the pairs, then decide."
 
 
 def membership_words(findings: Findings) -> str:
     """Say what the membership test found."""
     found = findings.membership
     if found is None:
-        return "not made: fewer than five patients on one side (releases.held_out)"
+        return idle_words(len(findings.trained), len(findings.held_out)) or "not made"
     return (
         f"AUC {found.auc:.3f} ({found.low:.3f} to {found.high:.3f}, 95 %), {found.trained} trained on "
         f"against {found.held_out} held out; 0.5 tells nothing"
@@ -95,10 +104,11 @@ def membership_words(findings: Findings) -> str:
 
 
 def _figure(pair: Pair, images: Tensor, data: DataSettings) -> str:
+    flag = ", ALMOST EXACT" if pair.ratio < EXACT else ", NEAR" if pair.near else ""
     own = preprocess(open_image(pair.image, pair.part), data.image_size, data.fit) / 2 + 0.5
     caption = (
         f"{html.escape(pair.patient)}, {html.escape(pair.image.name)} and drawn image {pair.drawn + 1}: "
-        f"features {pair.features:.3f}, pixels {pair.pixels:.3f}{', NEAR' if pair.near else ''}"
+        f"features {pair.features:.3f}, pixels {pair.pixels:.3f}{flag}"
     )
     return (
         f'<figure class="{"near" if pair.near else ""}">{_picture(own, "own image")} '

@@ -116,24 +116,41 @@ class Study(Section):
         return peak * 0.5 * (1 + math.cos(math.pi * step / self.total_steps))
 
 
+class NearScale(Section):
+    """What a site's leakage gate calls a near copy, and how often it is wrong.
+
+    Attributes:
+        features: A smaller feature distance is a near copy.
+        pixels: A smaller distance of aligned pixels is a near copy.
+        chance: That an image which nobody trained on is found near by one of these distances.
+        patients: Public patients on whom that was calibrated.
+        more: Images a site searches, in units of those searched for that, where more; `chance` includes it.
+    """
+
+    features: float = Field(gt=0, allow_inf_nan=False)
+    pixels: float = Field(gt=0, allow_inf_nan=False)
+    chance: float = Field(gt=0, le=1)
+    patients: int = Field(gt=0)
+    more: float = Field(ge=1, allow_inf_nan=False)
+
+    @property
+    def alpha(self) -> float:
+        """Chance that an image which nobody trained on is found near, by either distance."""
+        return min(1.0, 2 * self.chance)
+
+
 class PublicScale(Section):
     """What the sites' extra releases measure with; computed from the public reference and from nothing else.
 
     Attributes:
         extractor: SHA-256 of the frozen image feature extractor.
         bandwidth: Of DP-CMMD's Gaussian kernel: median distance between features of different patients.
-        near_features: A smaller feature distance is a near copy.
-        near_pixels: A smaller distance of aligned pixels is a near copy.
-        alpha: Chance that an image which nobody trained on is found near, by either distance.
-        targets: Images that such an image was compared with for these thresholds.
+        near: Of the leakage gate; None where the study asks for none.
     """
 
     extractor: str
     bandwidth: float
-    near_features: float
-    near_pixels: float
-    alpha: float
-    targets: int
+    near: NearScale | None = None
 
 
 class Resolved(Section):

@@ -26,7 +26,7 @@ from polyclinic.common.generators.base import (
 from polyclinic.common.generators.checkpoint import hash_checkpoint, hash_files, large_files, licence
 from polyclinic.common.generators.public import hash_source, hash_state, resolve
 from polyclinic.common.refusals import BadInput
-from polyclinic.common.study import Resolved, Study
+from polyclinic.common.study import PublicScale, Resolved, Study
 from polyclinic.server.evaluation.features import FeatureStore
 from polyclinic.server.evaluation.public_scale import public_scale
 from polyclinic.server.evaluation.ready import check_evaluation
@@ -66,8 +66,10 @@ def prepare_base(home: Path, study: Study, reference: Reference) -> Base:
     generator = study.generator
     pick_device(study.training.device)
     check_evaluation(study, reference)
+    store = FeatureStore(home / "features", study.data.image_size, study.data.fit)
+    public_scale(study, reference, store)  # what it refuses, before anything is trained
     if generator.large:
-        return _prepare_large(study, reference)
+        return _prepare_large(study, reference, store)
     if study.data.image_size % 8:
         raise BadInput(f"`data.image_size = {study.data.image_size}`: must be a multiple of 8")
     if generator.vae == REFERENCE:
@@ -83,25 +85,19 @@ def prepare_base(home: Path, study: Study, reference: Reference) -> Base:
     if path is not None:
         load_weights(family.module, path)
     start = trainable_state(family.module)
-    store = FeatureStore(home / "features", study.data.image_size, study.data.fit)
-
-    def draw() -> Tensor:
-        settings = study.evaluation.model_dump(mode="json")
-        recipe = ["start", hash_state(start), hash_files(files, study), settings]
-        return store.once(recipe, lambda: draw_start(study, files, start))
 
     resolved = Resolved(
         study=study,
         base_hash=hash_files(files, study),
         start_hash=hash_state(start),
         reference_hash=reference.hash,
-        public=public_scale(study, reference, store, None if path is None else draw),
+        public=_scale(study, reference, store, files, None if path is None else start),
     )
     costs = [line for part in (vae, path) if part for line in _read_cost(home, part)]
     return Base(files, start, resolved, costs)
 
 
-def _prepare_large(study: Study, reference: Reference) -> Base:
+def _prepare_large(study: Study, reference: Reference, store: FeatureStore) -> Base:
     """Find a pretrained model, and draw its adapters' start from the study's public seed."""
     files = large_files(study.generator)
     assert files.pipeline is not None
@@ -115,8 +111,24 @@ def _prepare_large(study: Study, reference: Reference) -> Base:
         base_hash=hash_files(files, study),
         start_hash=hash_state(start),
         reference_hash=reference.hash,
+        public=_scale(study, reference, store, files, start),
     )
     return Base(files, start, resolved, [])
+
+
+def _scale(
+    study: Study, reference: Reference, store: FeatureStore, files: BaseFiles, start: Tensors | None
+) -> PublicScale | None:
+    """Take the releases' scales; with no `start`, without what it draws."""
+    if start is None:
+        return public_scale(study, reference, store)
+
+    def draw() -> Tensor:
+        settings = study.evaluation.model_dump(mode="json")
+        recipe = ["start", hash_state(start), hash_files(files, study), settings]
+        return store.once(recipe, lambda: draw_start(study, files, start))
+
+    return public_scale(study, reference, store, draw)
 
 
 def draw_start(study: Study, files: BaseFiles, start: Tensors) -> Tensor:

@@ -23,6 +23,7 @@ from polyclinic.common.study import Study
 from polyclinic.server.plan_advice import Advice, advise
 from polyclinic.server.plan_cost import Speed, evaluation_flops, forecast, ledger_lines, travel_bytes
 from polyclinic.server.plan_fit import check_fit
+from polyclinic.server.plan_gate import GatePlan, gate_plan, gate_words
 from polyclinic.server.plan_memory import HEADROOM, Memory, training_memory
 from polyclinic.server.report.costs import CostEntry
 from polyclinic.server.report.metrics import Part
@@ -49,6 +50,7 @@ class SitePlan(Part):
         flops: Forward and backward operations of the whole study at this site.
         gpu_seconds: What a GPU takes for them, by the study's stated peak and utilisation.
         noise_to_batch: sigma / (q x declared): noise on the mean gradient, in units of the clip bound.
+        gate: What the leakage gate can find there; None without one, or where the size is not known.
     """
 
     name: str
@@ -63,6 +65,7 @@ class SitePlan(Part):
     flops: float | None = None
     gpu_seconds: float | None = None
     noise_to_batch: float | None = None
+    gate: GatePlan | None = None
 
 
 class Plan(Part):
@@ -354,6 +357,7 @@ def _site(name: str, site: SimulatedSite | None, study: Study, patient_flops: fl
             "flops": patient_flops * site.declared_patients,
             "gpu_seconds": study.cost.gpu_seconds(patient_flops * site.declared_patients),
             "noise_to_batch": out.sigma / expected if privacy.enabled else None,
+            "gate": gate_plan(study, site.declared_patients),
         }
     )
 
@@ -384,4 +388,4 @@ def _site_words(site: SitePlan, plan: Plan) -> str:
             f"{count(site.declared_patients or 0, plan.unit)}, "
             f"{number(site.expected_views)} views"
         )
-    return f"{site.name}: {'; '.join(parts)}"
+    return f"{site.name}: {'; '.join([*parts, *gate_words(site.gate, plan.unit)])}"

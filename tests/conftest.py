@@ -20,7 +20,7 @@ from polyclinic.common.generator_settings import GeneratorSettings
 from polyclinic.common.generators.base import BaseFiles, Tensors, trainable_state
 from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.generators.public import hash_base, resolve
-from polyclinic.common.study import PublicScale, Resolved, Study, parse_study
+from polyclinic.common.study import NearScale, PublicScale, Resolved, Study, parse_study
 from polyclinic.common.wire_reading import RoundOrder
 from tests.browser import Browser
 from tests.server.joining import Joining, copied, prepare
@@ -159,10 +159,7 @@ def public_scale() -> PublicScale:
     return PublicScale(
         extractor=efficientnet().weights,
         bandwidth=5.0,
-        near_features=0.2,
-        near_pixels=0.2,
-        alpha=0.01,
-        targets=100,
+        near=NearScale(features=0.2, pixels=0.2, chance=0.005, patients=199, more=1.0),
     )
 
 

@@ -76,6 +76,7 @@ BESIDE = (
     "client/supernode.py",
     "common/bundle.py",
     "common/chain.py",
+    "common/features/copies.py",
     "common/features/fourier.py",
     "common/features/near.py",
     "common/optimizer.py",

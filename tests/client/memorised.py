@@ -25,7 +25,7 @@ VAE = "package:phantom/vae"
 
 def phantoms(folder: Path, patients: int) -> tuple[list[Record], list[Record]]:
     """One image and one caption a patient: so many at the site, and the public ones of the other sites."""
-    write_phantoms(folder, patients_per_site=max(patients, 40), seed=11, size=64)
+    write_phantoms(folder, patients_per_site=max(patients, 44), seed=11, size=64)
     first: dict[str, Record] = {}
     for record in read_records(DataSettings(), folder):
         first.setdefault(

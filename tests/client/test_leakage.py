@@ -204,11 +204,11 @@ def test_nobodys_flag_depends_on_who_else_is_there(site: Any) -> None:
     images = torch.rand(9, 3, 32, 32, generator=generator)
     features = torch.randn(9, 8, generator=generator)
     drawn = Looks(features[:4] + 0.01, thumbnails(images[:4]))
-    public = site.resolved.public
+    scale = site.resolved.public.near
 
     def pair(rows: list[int]) -> Any:
         records = [Record("p", Path(f"{row}.png"), ()) for row in rows]
-        return nearest_pair(records, Looks(features[rows], thumbnails(images[rows])), drawn, public)
+        return nearest_pair(records, Looks(features[rows], thumbnails(images[rows])), drawn, scale)
 
     near = pair([5, 2])
     assert near.near

@@ -13,7 +13,7 @@ from polyclinic.common.data.sources import read_records
 from polyclinic.common.data.table import Record
 from polyclinic.common.features.efficientnet import efficientnet
 from polyclinic.common.settings import DataSettings
-from polyclinic.common.study import PublicScale
+from polyclinic.common.study import NearScale
 from polyclinic.server.evaluation.features import FeatureStore
 from polyclinic.server.evaluation.public_scale import public_scale
 from polyclinic.server.reference import split_reference
@@ -46,13 +46,13 @@ class Copied:
             name: Looks.of(CHANGES[name](images[:COPIED]).clamp(0, 1), efficientnet()) for name in changes
         }
 
-    def assert_found(self, public: PublicScale, start: Tensor, label: str) -> None:
+    def assert_found(self, scale: NearScale, start: Tensor, label: str) -> None:
         """Whatever the change, a generator that draws copies among the start's images is caught."""
         old = Looks.of(start, efficientnet())
         for name, new in self.changed.items():
             drawn = Looks(torch.cat([new.features, old.features]), torch.cat([new.small, old.small]))
             pairs = [
-                nearest_pair([record], Looks(features[None], small[None]), drawn, public)
+                nearest_pair([record], Looks(features[None], small[None]), drawn, scale)
                 for record, features, small in zip(
                     self.own, self.looks.features, self.looks.small, strict=True
                 )
@@ -87,7 +87,8 @@ def test_changed_copies_of_x_rays_are_found(
     start = smooth_films(load_pixels(seen, SIZE, "crop") / 2 + 0.5, 48, components)
     scale = public_scale(study, split_reference(study, public), store, start.clone)
     assert scale is not None
-    Copied(own, changes).assert_found(scale, start, f"{components} components")
+    assert scale.near is not None
+    Copied(own, changes).assert_found(scale.near, start, f"{components} components")
 
 
 @pytest.mark.long
@@ -97,5 +98,6 @@ def test_changed_copies_of_phantoms_are_found_at_the_demos_start(tmp_path: Path)
     approval, _ = trained_site(tmp_path / "home", own, public, private=True, steps=0, store=tmp_path)
     scale = approval.resolved.public
     assert scale is not None
+    assert scale.near is not None
     start = FeatureStore(tmp_path, SIZE, "crop").once(["start"], lambda: torch.empty(0))
-    Copied(own, tuple(CHANGES)).assert_found(scale, start, "the demo's start")
+    Copied(own, tuple(CHANGES)).assert_found(scale.near, start, "the demo's start")

@@ -68,7 +68,7 @@ def test_a_start_that_has_seen_nobody_is_flagged_no_more_than_stated(tmp_path: P
     found = gate(home, approval)
     pairs = [*found.trained, *found.held_out]
     flagged = sum(pair.near for pair in pairs)
-    print(f"the start: {flagged} of {len(pairs)} near, stated {found.public.alpha:.2%} a patient")
-    assert found.public.alpha < 0.05
-    assert stats.binom.sf(flagged - 1, len(pairs), found.public.alpha) > 0.01, flagged
+    print(f"the start: {flagged} of {len(pairs)} near, stated {found.scale.alpha:.2%} a patient")
+    assert found.scale.alpha < 0.05
+    assert stats.binom.sf(flagged - 1, len(pairs), found.scale.alpha) > 0.01, flagged
     assert found.advice == "release"
