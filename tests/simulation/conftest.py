@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import os
 import subprocess
 import sys
@@ -87,3 +90,12 @@ def call(room: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(room, *arguments), capture_output=True, text=True, timeout=500, env=environment
     )
+
+
+def call_here(room: str, *arguments: str | Path) -> tuple[int, str]:
+    """Run a command in this process, which has everything imported; returns its exit code and its errors."""
+    said = io.StringIO()
+    program = importlib.import_module(f"polyclinic.{room}.cli")
+    with contextlib.redirect_stderr(said):
+        code = program.main([str(argument) for argument in arguments])
+    return code, said.getvalue()

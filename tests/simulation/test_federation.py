@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from polyclinic.client.approval import find_approval
@@ -20,7 +21,7 @@ from polyclinic.common.reader_study.images import read_candidates
 from polyclinic.server.app import load_resolved
 from polyclinic.server.report.costs import merged, total
 from polyclinic.server.report.html import read_metrics
-from tests.simulation.conftest import call, command, write_study
+from tests.simulation.conftest import call, call_here, command, write_study
 
 
 def run_dir(home: Path) -> Path:
@@ -146,15 +147,12 @@ def test_a_private_run_spends_what_it_claims(random_vae: Path, tmp_path: Path) -
     assert any(bool((a[name] != b[name]).any()) for name in a)
 
     # A finished run is not trained again by mistake, and `generate` draws from it.
-    twice = call("simulation", "run", study, "--home", tmp_path / "home")
-    assert twice.returncode == 2
-    assert "--resume" in twice.stderr
-    drawn = call(
-        "server", "generate", folder, "--prompt", "a polyp", "-n", "3", "--out", tmp_path / "grid.png"
-    )
-    assert drawn.returncode == 0, drawn.stderr
-    from PIL import Image
-
+    code, said = call_here("simulation", "run", study, "--home", tmp_path / "home")
+    assert code == 2
+    assert "--resume" in said
+    sheet = tmp_path / "grid.png"
+    code, said = call_here("server", "generate", folder, "--prompt", "a polyp", "-n", "3", "--out", sheet)
+    assert code == 0, said
     assert Image.open(tmp_path / "grid.png").size == (96, 32)
     # Into a folder: a file each, with its prompt, as a reader study or a data folder wants them.
     asked: list[str | Path] = [
@@ -167,7 +165,7 @@ def test_a_private_run_spends_what_it_claims(random_vae: Path, tmp_path: Path) -
         "--out",
         tmp_path / "single",
     ]
-    assert call("server", "generate", folder, *asked).returncode == 0
+    assert call_here("server", "generate", folder, *asked)[0] == 0
     found = read_candidates(tmp_path / "single")
     assert [candidate.prompt for candidate in found] == ["a polyp"] * 3 + ["no polyp"] * 3
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
@@ -175,15 +173,15 @@ def test_a_private_run_spends_what_it_claims(random_vae: Path, tmp_path: Path) -
         # Another size of the batch rounds differently.
         one, wanted = np.asarray(Image.open(candidate.path)), grid[:, 32 * number : 32 * (number + 1)]
         np.testing.assert_allclose(one.astype(int), wanted, atol=1)
-    again = call("server", "generate", folder, *asked)
-    assert again.returncode == 2
-    assert "new folder" in again.stderr
+    code, said = call_here("server", "generate", folder, *asked)
+    assert code == 2
+    assert "new folder" in said
 
 
 def test_compare_draws_three_arms_on_equal_examples(random_vae: Path, tmp_path: Path) -> None:
     study = write_study(tmp_path / "arms.toml", random_vae, private=True, rounds=1)
-    done = call("simulation", "compare", study, "--home", tmp_path / "home")
-    assert done.returncode == 0, done.stderr
+    code, said = call_here("simulation", "compare", study, "--home", tmp_path / "home")
+    assert code == 0, said
     page = (tmp_path / "home" / "runs" / "tiny-compare.html").read_text(encoding="utf-8")
     for arm in ("pooled", "federated", "private"):
         assert arm in page
