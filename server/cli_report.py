@@ -37,16 +37,16 @@ def add_commands(commands: Any) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from polyclinic.server.release import check_run
-    from polyclinic.server.report.html import write_report
-    from polyclinic.server.run_folder import find_run
-    from polyclinic.server.summary import summarise
-
     if arguments.watch and arguments.tensorboard is not None:
         raise BadInput(
             "--watch serves a page that goes on changing, --tensorboard writes its files once: give one of "
             "them, and run the other as a command of its own"
         )
+    from polyclinic.server.release import check_run
+    from polyclinic.server.report.html import write_report
+    from polyclinic.server.run_folder import find_run
+    from polyclinic.server.summary import summarise
+
     run_dir = find_run(arguments.home, arguments.run)
     check_run(run_dir)
     settings = _settings(run_dir, arguments.cost)

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 from polyclinic.server.evaluation.estimate import Fidelity
 from polyclinic.server.report.metrics import Metrics, first_and_last
-from polyclinic.server.report.wording import DASH, GAP, listed
+from polyclinic.server.report.wording import GAP, listed
 
 UNFAIR = "Not a fair comparison: the arms"
+UNKNOWN = "one not stated"
 # Settings of the reference that decide which images and labels judge an arm.
 SPLIT = ("key", "pretrain", "probe", "evaluate", "concepts")
 
@@ -62,7 +63,7 @@ def unequal(values: Iterable[tuple[str, str]]) -> str:
 
 
 def _short(digest: str) -> str:
-    return digest[:12] or DASH
+    return digest[:12] or UNKNOWN
 
 
 def _judge(found: Fidelity) -> str:
@@ -71,4 +72,4 @@ def _judge(found: Fidelity) -> str:
 
 def _split(arm: Metrics) -> str:
     settings = arm.study_json.get("study", {}).get("reference") or {}
-    return json.dumps({key: settings[key] for key in SPLIT if key in settings}) if settings else DASH
+    return json.dumps({key: settings[key] for key in SPLIT if key in settings}) if settings else UNKNOWN

@@ -140,7 +140,7 @@ def leakage_sentences(metrics: Metrics) -> list[str]:
         said.append(f"Not released by {wording.listed(held)}. A site’s veto gives no reasons.")
     if passed:
         said.append(
-            f"Released by {wording.listed(passed)} after comparing images it drew itself with its own."
+            f"Released by {wording.listed(passed)}, where drawn images were compared with the site’s own."
         )
     if not metrics.gates:
         said.append("No site has compared drawn images with its own: the study has no leakage gate.")

@@ -50,11 +50,11 @@ def test_every_way_of_being_judged_unlike_is_named_with_its_arms(arm: tuple[Path
         (study(metrics, image_size=128), "draw images of different sizes: 64\u00a0px for a and c; 128"),
         (
             study(metrics, reference_hash="5eed" * 16),
-            "different references: – for a and c; 5eed5",
+            "different references: one not stated for a and c; 5eed5",
         ),
         (
             metrics.model_copy(update={"study_json": split}),
-            'concepts differently: – for a and c; {"key',
+            'concepts differently: one not stated for a and c; {"key',
         ),
         (
             judged(metrics, weights="0f" * 32),
