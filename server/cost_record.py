@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from polyclinic.common.cost import read_costs
+from polyclinic.common.cost_settings import CostSettings
 from polyclinic.common.study import Resolved
 from polyclinic.server.checkpoints import RoundRecord
 from polyclinic.server.report.costs import SERVER, CostEntry, Figure, entry, figure, measured_entry
@@ -91,16 +92,19 @@ def _nominal_sites(resolved: Resolved, records: Sequence[RoundRecord]) -> Iterat
                 record.round,
                 dropped=site in record.rejected,
                 flops=figure(flops, "estimated"),
-                **nominal(flops, settings.site_flops_per_s, settings.site_watts),
+                **nominal(flops, settings),
             )
         yield from _bytes(record)
 
 
-def nominal(flops: float | None, speed: float | None, watts: float | None) -> dict[str, Figure | None]:
-    """Seconds and joules that public guesses at a site's speed and power make of its operations."""
+def nominal(flops: float | None, settings: CostSettings) -> dict[str, Figure | None]:
+    """Seconds, GPU time and joules that public guesses at a site's speed and power make of its operations."""
+    speed, watts = settings.site_flops_per_s, settings.site_watts
     seconds = None if flops is None or speed is None else flops / speed
+    held = None if flops is None else settings.gpu_seconds(flops)
     joules = None if seconds is None or watts is None else seconds * watts
-    return {"wall_s": figure(seconds, "estimated"), "energy_j": figure(joules, "estimated")}
+    found = {"wall_s": seconds, "gpu_s": held, "energy_j": joules}
+    return {name: figure(value, "estimated") for name, value in found.items()}
 
 
 def _bytes(record: RoundRecord) -> Iterator[CostEntry]:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from polyclinic.common.calibration import study_noise
-from polyclinic.common.cost import count_flops, view_flops
+from polyclinic.common.cost import view_flops
 from polyclinic.common.features.load import check_extractors
-from polyclinic.common.generators.base import BaseFiles, Family, load_family, trainable
+from polyclinic.common.generators.base import BaseFiles, load_family, trainable
 from polyclinic.common.generators.checkpoint import large_files, licence
 from polyclinic.common.generators.public import is_hub_id, resolve
 from polyclinic.common.privacy.accounting import claim, epsilon_pld, epsilon_rdp
@@ -21,13 +19,22 @@ from polyclinic.common.refusals import BadInput
 from polyclinic.common.settings import SimulatedSite
 from polyclinic.common.study import Study
 from polyclinic.server.plan_advice import Advice, advise
-from polyclinic.server.plan_cost import Speed, evaluation_flops, forecast, ledger_lines, travel_bytes
+from polyclinic.server.plan_cost import (
+    Speed,
+    evaluation_flops,
+    forecast,
+    forecast_words,
+    ledger_lines,
+    travel_bytes,
+)
 from polyclinic.server.plan_fit import check_fit
 from polyclinic.server.plan_gate import GatePlan, gate_plan, gate_words
 from polyclinic.server.plan_memory import HEADROOM, Memory, training_memory
-from polyclinic.server.report.costs import CostEntry
+from polyclinic.server.plan_phases import count_phases, forward_flops
+from polyclinic.server.report.cost_summary import summarise_forecast
+from polyclinic.server.report.costs import CostEntry, CostSummary
 from polyclinic.server.report.metrics import Part
-from polyclinic.server.report.wording import bound, count, gpu_time, number, scaled
+from polyclinic.server.report.wording import GAP, bound, count, gpu_time, number, scaled
 
 PIXELS_A_LATENT = 8
 FP32 = 4  # bytes
@@ -104,6 +111,7 @@ class Plan(Part):
         warnings: Settings known to be poor.
         memory: GPU memory of a site's training; None where it was not asked for.
         forecast: The cost ledger before anything runs, to be compared with what it came to.
+        forecast_summary: What it comes to: totals, CO2, money at the study's prices.
     """
 
     name: str
@@ -138,6 +146,7 @@ class Plan(Part):
     warnings: list[Advice]
     memory: Memory | None = None
     forecast: list[CostEntry]
+    forecast_summary: CostSummary | None = None
 
 
 def plan(
@@ -182,6 +191,17 @@ def plan(
     evaluations = len({*range(0, rounds + 1, study.evaluation.every), rounds})
     drawn = evaluation_flops(study, forward)
     server_disk = 2 * state_bytes * (rounds + 1)
+    expected = forecast(
+        study,
+        declared or {site.name: site.declared_patients for site in sites},
+        patient_flops=patient,
+        view_flops=view,
+        phases=count_phases(study, files),
+        traffic=(down * rounds, ups),
+        drawing=(evaluations, drawn),
+        disk=server_disk,
+        speed=speed,
+    )
     return Plan(
         name=study.name,
         private=privacy.enabled,
@@ -214,24 +234,9 @@ def plan(
         sites=sites,
         memory=needed,
         warnings=advise(study, {site.name: site.noise_to_batch for site in sites}),
-        forecast=forecast(
-            study,
-            declared or {site.name: site.declared_patients for site in sites},
-            patient_flops=patient,
-            view_flops=view,
-            traffic=(down * rounds, ups),
-            drawing=(evaluations, drawn),
-            disk=server_disk,
-            speed=speed,
-        ),
+        forecast=expected,
+        forecast_summary=summarise_forecast(expected, study.cost),
     )
-
-
-def forward_flops(family: Family) -> int:
-    """Count the operations of one view without its backward pass."""
-    views = family.synthetic_views(1)
-    with torch.no_grad():
-        return count_flops(lambda: family.view_losses(views))
 
 
 def words(plan: Plan) -> str:
@@ -271,10 +276,11 @@ def words(plan: Plan) -> str:
         "",
         "Forecast of the cost ledger, over the whole study",
         *(f"  {x}" for x in ledger_lines(plan.forecast)),
+        *(f"  {x}" for x in forecast_words(plan.forecast_summary)),
     ]
     if plan.warnings:
         lines += ["", "Warnings", *(f"  ! {advice.text}" for advice in plan.warnings)]
-    return "\n".join(lines)
+    return "\n".join(lines).replace(GAP, " ")
 
 
 def _gpu_words(site: SitePlan) -> str:

@@ -2,7 +2,8 @@
 
 Operations and bytes follow from the study. Seconds, memory and joules need a speed: measured on this
 machine with inputs that show nobody, or the study's own public guess (`cost.site_flops_per_s`). What
-neither gives is left out; so is what depends on the number of a site's images, which is private.
+neither gives is left out. The number of a site's images is private, so its cache is taken as one image and
+one caption a declared patient; that of the reference's is not in a study, so `NOTES` says what is left out.
 """
 
 from __future__ import annotations
@@ -27,11 +28,26 @@ from polyclinic.common.settings import Transport
 from polyclinic.common.study import Study
 from polyclinic.common.wire_reading import DOWN
 from polyclinic.server.cost_record import nominal
-from polyclinic.server.report.costs import NAMES, SERVER, CostEntry, entry, figure, measured_entry
+from polyclinic.server.plan_phases import Phases, works
+from polyclinic.server.report.costs import (
+    NAMES,
+    SERVER,
+    CostEntry,
+    CostSummary,
+    Figure,
+    entry,
+    figure,
+    measured_entry,
+)
 from polyclinic.server.report.metrics import Part
+from polyclinic.server.report.view_cost import total_lines
 from polyclinic.server.report.wording import quantity
 
 SPEED = "speed.json"
+NOTES = (
+    "Forecast of a cache: one image and one caption a declared patient; how many a site has is its secret.",
+    "Not forecast: what grows with the public reference: encoding it, its features, judging's statistics.",
+)
 _BYTES: dict[Transport, int] = {"fp32": 4, "bf16": 2, "int8": 1}
 # A tensor's entry in a file's header and its hash beside it, but for its name, which stands in both.
 _BESIDE_A_TENSOR = 140
@@ -46,6 +62,10 @@ class Speed(Part):
         view: Forward and backward of one view of a private step (of a plain one, without privacy).
         step: What a step takes beside its views: the noise.
         forward: One forward pass of one image.
+        autoencoder: One image in a training step of the public autoencoder; None where none is trained.
+        start: One image in a training step of the public warm start; None where none is trained.
+        encode: One image and one caption encoded for a cache; None where that is not known.
+        extract: Features of one image by every extractor; None where one is not on this machine.
         device: Where it was measured.
         threads: CPU threads it was given.
     """
@@ -53,6 +73,10 @@ class Speed(Part):
     view: dict[str, Any]
     step: dict[str, Any]
     forward: dict[str, Any]
+    autoencoder: dict[str, Any] | None = None
+    start: dict[str, Any] | None = None
+    encode: dict[str, Any] | None = None
+    extract: dict[str, Any] | None = None
     device: str
     threads: int
 
@@ -81,10 +105,10 @@ def measure_speed(study: Study, files: BaseFiles) -> Speed:
         with torch.no_grad():
             family.view_losses(family.synthetic_views(_SHOWN))
 
-    one = _time(lambda: learn(1), device)
-    patients = max(1, min(privacy.micro_batch, 16, int(_LONG_ENOUGH_S / max(one.wall_s, 1e-3))))
+    beside = works(study, files, device)
     return Speed(
-        view=_each(_time(lambda: learn(patients), device), patients * privacy.views).to_json(),
+        view=_each(_time_each(learn, min(privacy.micro_batch, 16), device), privacy.views).to_json(),
+        **{name: _time_each(run, _SHOWN, device).to_json() for name, run in beside.items()},
         step=_time(lambda: _noise(family, study), device).to_json(),
         forward=_each(_time(show, device), _SHOWN).to_json(),
         device=device,
@@ -140,6 +164,7 @@ def forecast(
     *,
     patient_flops: float,
     view_flops: float,
+    phases: Phases,
     traffic: tuple[int, int],
     drawing: tuple[int, float],
     disk: int,
@@ -152,12 +177,17 @@ def forecast(
         declared: Site to its declared patients; None where it has not said yet.
         patient_flops: Operations of the whole study for each declared patient.
         view_flops: Operations of one view, forward and backward.
+        phases: Operations of what surrounds training.
         traffic: Bytes down and up of a site over the whole study.
         drawing: Evaluations, and operations of one.
         disk: Bytes of checkpoints at the server.
         speed: This machine's, where the sites are simulated on it.
     """
-    rows, walls = [], {}
+    rows = _pretraining(study, phases, speed)
+    for site, patients in declared.items():
+        if patients is not None and phases.encode is not None:
+            rows.append(_encoding(study, site, patients, phases.encode, speed))
+    walls: dict[str, float] = {}
     for site, patients in declared.items():
         flops = None if patients is None else patient_flops * patients
         row = entry(
@@ -169,27 +199,64 @@ def forecast(
             flops=figure(flops, "estimated"),
             down_bytes=figure(traffic[0], "counted"),
             up_bytes=figure(traffic[1], "counted"),
-            **nominal(flops, study.cost.site_flops_per_s, study.cost.site_watts),
+            **(nominal(flops, study.cost) if speed is None else {}),
         )
         if speed is not None and flops is not None:
             work = in_sequence(
                 (_times(speed.view, flops / view_flops), _times(speed.step, study.total_steps))
             )
-            walls[site] = work.wall_s
-            row = row.model_copy(update={"figures": {**row.figures, **_guessed("train", site, work).figures}})
+            row = _with(row, work)
+        if "wall_s" in row.figures:
+            walls[site] = row.figures["wall_s"].value
         rows.append(row)
     for site, wall in walls.items():
         rows.append(entry("wait", site, wall_s=figure(max(walls.values()) - wall, "estimated")))
     times, flops_each = drawing
+    images = times * study.evaluation.images
     draw = entry("sample", SERVER, flops=figure(times * flops_each, "counted"))
     if speed is not None:
         passes = 2 if study.evaluation.guidance > 1 else 1
-        count = times * study.evaluation.images * study.evaluation.steps * passes
-        work = _times(speed.forward, count)
-        draw = draw.model_copy(
-            update={"figures": {**draw.figures, **_guessed("sample", SERVER, work).figures}}
-        )
-    return [*rows, draw, entry("combine", SERVER, disk_bytes=figure(disk, "estimated"))]
+        draw = _with(draw, _times(speed.forward, images * study.evaluation.steps * passes))
+    combine = entry("combine", SERVER, disk_bytes=figure(disk, "estimated"))
+    judge = entry("evaluate", SERVER, flops=_scaled(phases.extract, images))
+    if speed is not None and speed.extract is not None:
+        judge = _with(judge, _times(speed.extract, images))
+    return [*rows, combine, draw, *([judge] if judge.figures else [])]
+
+
+def _pretraining(study: Study, phases: Phases, speed: Speed | None) -> list[CostEntry]:
+    """Row of what the coordinator trains on public images; none where it trains nothing."""
+    if phases.pretrain is None:
+        return []
+    row = entry("pretrain", SERVER, flops=figure(phases.pretrain, "estimated"))
+    if speed is None:
+        return [row]
+    recipe = study.generator.warm_start_training
+    works = []
+    if phases.autoencoder and phases.autoencoder_image and speed.autoencoder is not None:
+        works.append(_times(speed.autoencoder, phases.autoencoder / phases.autoencoder_image))
+    if phases.start and speed.start is not None:
+        works.append(_times(speed.start, recipe.steps * recipe.batch_size))
+    parts = sum(part is not None for part in (phases.autoencoder, phases.start))
+    return [_with(row, in_sequence(works)) if len(works) == parts else row]
+
+
+def _encoding(study: Study, site: str, patients: int, flops: float, speed: Speed | None) -> CostEntry:
+    """Row of a site's cache, at one image and one caption a declared patient."""
+    expected = nominal(flops * patients, study.cost) if speed is None else {}
+    row = entry("cache", site, None, dropped=False, flops=_scaled(flops, patients), **expected)
+    if speed is None or speed.encode is None:
+        return row
+    return _with(row, _times(speed.encode, patients))
+
+
+def _scaled(each: float | None, count: int) -> Figure | None:
+    return None if each is None else figure(each * count, "estimated")
+
+
+def _with(row: CostEntry, work: Measurement) -> CostEntry:
+    """A row with what the work would take."""
+    return row.model_copy(update={"figures": {**row.figures, **_guessed(row.phase, row.where, work).figures}})
 
 
 def ledger_lines(rows: Iterable[CostEntry]) -> list[str]:
@@ -203,6 +270,22 @@ def ledger_lines(rows: Iterable[CostEntry]) -> list[str]:
         for row in rows
         if row.figures
     ]
+
+
+def forecast_words(summary: CostSummary | None) -> list[str]:
+    """What a forecast comes to, and what it leaves out, one line each."""
+    if summary is None:
+        return []
+    lines = [f"in all, {name}: {value} ({source})" for name, value, source, _ in total_lines(summary)]
+    known = {t.quantity for t in summary.totals}
+    if "energy_j" not in known:
+        lines.append(
+            "in all, energy and CO2: unknown; `--measure` times this machine, or state cost.site_flops_per_s "
+            "and cost.site_watts"
+        )
+    if summary.money is None:
+        lines.append("in all, money: unknown; state what is forecast a price in [cost], e.g. cost.price_gb")
+    return [*lines, *NOTES]
 
 
 def _guessed(phase: Any, where: str, work: Measurement) -> CostEntry:
@@ -222,6 +305,13 @@ def _time(run: Callable[[], object], device: str) -> Measurement:
     with Meter(device) as meter:
         run()
     return meter.measurement
+
+
+def _time_each(run: Callable[[int], object], most: int, device: str) -> Measurement:
+    """Time one of at most so many that are done together, in about a second."""
+    one = _time(lambda: run(1), device)
+    count = max(1, min(most, int(_LONG_ENOUGH_S / max(one.wall_s, 1e-3))))
+    return one if count == 1 else _each(_time(lambda: run(count), device), count)
 
 
 def _each(work: Measurement, count: int) -> Measurement:

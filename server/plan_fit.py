@@ -9,7 +9,7 @@ from polyclinic.common.generators.base import BaseFiles
 from polyclinic.common.refusals import BadInput, Refusal
 from polyclinic.common.study import Study, parse_study
 from polyclinic.server.plan_memory import Memory, training_memory
-from polyclinic.server.report.wording import listed, scaled
+from polyclinic.server.report.wording import GAP, listed, scaled
 
 Change = tuple[str, dict[str, dict[str, Any]]]
 SMALLEST_IMAGE = 64
@@ -40,7 +40,8 @@ def check_fit(study: Study, files: BaseFiles, memory: Memory) -> None:
         return
     needs, smallest = scaled(memory.total, "B"), min(short.values())
     have = listed([f"{name} has {scaled(size, 'B')}" for name, size in short.items()])
-    raise Refusal("gpu-too-small", f"{needs} where {have}; {remedy(study, files, smallest)}")
+    words = f"{needs} where {have}; {remedy(study, files, smallest)}"
+    raise Refusal("gpu-too-small", words.replace(GAP, " "))  # read in a terminal
 
 
 def remedy(study: Study, files: BaseFiles, limit: float) -> str:

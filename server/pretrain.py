@@ -10,6 +10,7 @@ import math
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save
@@ -20,11 +21,15 @@ from polyclinic.common.data.holdout import position
 from polyclinic.common.data.pixels import load_pixels
 from polyclinic.common.data.table import Record
 from polyclinic.common.files import write_atomic
+from polyclinic.common.generator_settings import VaeTraining
 from polyclinic.common.generators.base import BaseFiles, Tensors, Views, load_family, trainable
 from polyclinic.common.progress import say, track
 from polyclinic.common.refusals import BadInput
 from polyclinic.common.study import Study
 from polyclinic.server.adversarial import sharpen
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 HELD_OUT = 0.1  # share of the pretrain part's patients that PSNR is printed on
 
@@ -45,8 +50,6 @@ def pretrain_vae(study: Study, records: list[Record], folder: Path) -> float:
     Returns:
         Reconstruction PSNR on the held-out images, dB (peak 1.0 for pixels in [0, 1]).
     """
-    from diffusers import AutoencoderKL
-
     settings = study.generator.vae_training
     train = [r for r in records if position(r.patient, "vae-held-out") >= HELD_OUT]
     held = [r for r in records if position(r.patient, "vae-held-out") < HELD_OUT]
@@ -60,17 +63,7 @@ def pretrain_vae(study: Study, records: list[Record], folder: Path) -> float:
     )
     grey = bool((pixels == pixels[:, :1]).all())
     torch.manual_seed(settings.seed)
-    levels = len(settings.widths)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=settings.widths,
-        layers_per_block=settings.layers_per_block,
-        latent_channels=settings.latent_channels,
-        norm_num_groups=16,
-        sample_size=study.data.image_size,
-        mid_block_add_attention=False,
-    )
+    vae = new_autoencoder(settings, study.data.image_size)
 
     def draw_batch() -> Tensor:
         batch = pixels[torch.randint(len(pixels), (settings.batch_size,))]
@@ -115,6 +108,23 @@ def pretrain_vae(study: Study, records: list[Record], folder: Path) -> float:
     _save_whole(vae.half(), folder)
     say(f"VAE: reconstruction PSNR {psnr:.1f} dB on {len(held)} held-out public images, {folder}")
     return psnr
+
+
+def new_autoencoder(settings: VaeTraining, image_size: int) -> AutoencoderKL:
+    """The autoencoder that `generator.vae_training` describes, untrained."""
+    from diffusers import AutoencoderKL
+
+    levels = len(settings.widths)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=settings.widths,
+        layers_per_block=settings.layers_per_block,
+        latent_channels=settings.latent_channels,
+        norm_num_groups=16,
+        sample_size=image_size,
+        mid_block_add_attention=False,
+    )
 
 
 def _gradient_l1(output: Tensor, target: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from polyclinic.server.evaluation.audit import SiteAudit, audit_site
 from polyclinic.server.evaluation.federated import measure_federated
 from polyclinic.server.evaluation.judge import final_path, read_judgement, sheet_path
 from polyclinic.server.plan import Plan, plan
-from polyclinic.server.plan_cost import kept_speed
+from polyclinic.server.plan_cost import NOTES, kept_speed
 from polyclinic.server.report.cost_summary import JUDGING
 from polyclinic.server.report.metrics import (
     Metrics,
@@ -143,7 +143,7 @@ def forecast_of(run_dir: Path) -> Plan:
 
 def _cost_notes(run_dir: Path, *, simulated: bool) -> list[str]:
     """What a reader of the cost ledger must know."""
-    notes = ["FLOPs of sampling are those of the denoising network alone."]
+    notes = ["FLOPs of sampling are those of the denoising network alone.", *NOTES]
     paths = [run_dir / "cost.jsonl"]
     if simulated:
         notes.append(

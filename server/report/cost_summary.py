@@ -53,6 +53,39 @@ def summarise_cost(
         simulated: Whether sites show what they measured.
         clock_s: Seconds from start to end.
     """
+    return _added_up(entries, settings).model_copy(
+        update={
+            "site_figures": "measured" if simulated else "nominal",
+            "critical_path_s": critical_path(entries, rounds, simulated=simulated),
+            "clock_s": clock_s,
+            "stragglers": stragglers(entries, rounds),
+            "waste": waste(entries, rounds),
+            "target": target(entries, rounds, settings.target_kid),
+        }
+    )
+
+
+def summarise_forecast(entries: Sequence[CostEntry], settings: CostSettings) -> CostSummary | None:
+    """Add up what was forecast; None where nothing was.
+
+    Its critical path is the training of the slowest site: in every round it is the same one.
+
+    Args:
+        entries: Disjoint rows over the whole study.
+        settings: Prices and the grid.
+    """
+    if not entries:
+        return None
+    walls = [
+        e.figures["wall_s"].value
+        for e in entries
+        if e.phase == "train" and e.where != SERVER and "wall_s" in e.figures
+    ]
+    return _added_up(entries, settings).model_copy(update={"critical_path_s": max(walls) if walls else None})
+
+
+def _added_up(entries: Sequence[CostEntry], settings: CostSettings) -> CostSummary:
+    """Totals, CO2, money and the time of judging, of a forecast as of what it came to."""
     totals = totals_of(entries)
     by_name = {t.quantity: t.value for t in totals}
     energy = by_name.get("energy_j")
@@ -61,7 +94,7 @@ def summarise_cost(
     money, covers = money_of(by_name, settings)
     sites_energy = any(e.where != SERVER and "energy_j" in e.figures for e in entries)
     return CostSummary(
-        site_figures="measured" if simulated else "nominal",
+        site_figures="nominal",
         totals=totals,
         co2_g=energy / JOULES_A_KWH * intensity if energy is not None and intensity is not None else None,
         co2_covers=("sites and coordinator" if sites_energy else "coordinator alone") if known else "",
@@ -69,12 +102,7 @@ def summarise_cost(
         money=money,
         money_covers=covers,
         currency=settings.currency if money is not None else "",
-        critical_path_s=critical_path(entries, rounds, simulated=simulated),
         judging_s=_wall(entries, JUDGING),
-        clock_s=clock_s,
-        stragglers=stragglers(entries, rounds),
-        waste=waste(entries, rounds),
-        target=target(entries, rounds, settings.target_kid),
     )
 
 

@@ -171,7 +171,8 @@ class CostSummary(Part):
         currency: Of `money`.
         critical_path_s: Wall time of the rounds if every site works on a machine of its own.
         judging_s: Wall time of drawing and measuring.
-        clock_s: What the clock showed for the whole run; sites of a simulation share one machine.
+        clock_s: What the clock showed for the whole run; sites of a simulation share one machine. None of a
+            forecast.
         stragglers: Sites that others waited for, worst first.
         waste: Work that entered no round.
         target: What a level of KID took.
@@ -187,7 +188,7 @@ class CostSummary(Part):
     currency: str = ""
     critical_path_s: float | None = Field(default=None, ge=0)
     judging_s: float | None = None
-    clock_s: float = Field(ge=0)
+    clock_s: float | None = Field(default=None, ge=0)
     stragglers: list[Straggler] = []
     waste: list[Waste] = []
     target: Target | None = None

@@ -22,7 +22,7 @@ from polyclinic.server.report import (
     wording,
 )
 from polyclinic.server.report.card import front_matter
-from polyclinic.server.report.cost_summary import summarise_cost
+from polyclinic.server.report.cost_summary import summarise_cost, summarise_forecast
 from polyclinic.server.report.costs import CostSummary
 from polyclinic.server.report.metrics import Metrics, bytes_moved, evaluated_rounds, first_and_last
 from polyclinic.server.report.verdict import headline, utility_sentences, verdict
@@ -117,7 +117,7 @@ def context(run_dir: Path, metrics: Metrics) -> dict[str, Any]:
         "events": view.events(metrics),
         "ledger": view_cost.ledger_table(metrics),
         "cost_rounds": view_cost.round_rows(metrics),
-        "totals": view_cost.total_lines(summary),
+        "totals": view_cost.total_lines(summary, summarise_forecast(metrics.forecast, metrics.cost_settings)),
         "target": view_cost.target_sentence(
             summary.target, final.fidelity.kid.floor if final and final.fidelity else None
         ),
@@ -155,6 +155,7 @@ def concluded(metrics: Metrics) -> Metrics:
         "headline": headline(metrics),
         "verdict": verdict(metrics),
         "cost_summary": cost_summary(metrics),
+        "forecast_summary": summarise_forecast(metrics.forecast, metrics.cost_settings),
     }
     return metrics.model_copy(update=update)
 

@@ -184,6 +184,7 @@ class Metrics(Part):
         forecast: The same before anything ran, over the whole study.
         cost_settings: Prices, the grid's intensity and the level of KID by which the ledger is read.
         cost_summary: What the ledger comes to; `write_report` fills it.
+        forecast_summary: What the forecast comes to at the same prices; `write_report` fills it.
         cost_notes: What a reader of the ledger must know.
         prompts: Evaluation prompts, in the order of the rows of every sample sheet.
         guarantee: Sentences that state the privacy guarantee.
@@ -211,6 +212,7 @@ class Metrics(Part):
     forecast: list[CostEntry] = []
     cost_settings: CostSettings = CostSettings()
     cost_summary: CostSummary | None = None
+    forecast_summary: CostSummary | None = None
     cost_notes: list[str] = []
     prompts: list[str] = []
     guarantee: list[str] = []

@@ -14,7 +14,7 @@ from typing import Literal
 from polyclinic.server.evaluation.estimate import Estimate
 from polyclinic.server.evaluation.probe import Faithfulness, faithfulness_change
 from polyclinic.server.report import wording
-from polyclinic.server.report.costs import total
+from polyclinic.server.report.costs import SERVER, total
 from polyclinic.server.report.metrics import (
     Metrics,
     RoundFacts,
@@ -274,7 +274,8 @@ def participation_sentences(metrics: Metrics) -> list[str]:
 def cost_sentence(metrics: Metrics) -> str:
     """State wall time, compute and bytes."""
     parts = [f"{wording.seconds(metrics.seconds_total)} from start to end"]
-    gpu, cpu = total(metrics.cost, "gpu_s"), total(metrics.cost, "cpu_s")
+    measured = [row for row in metrics.cost if metrics.simulated or row.where == SERVER]
+    gpu, cpu = total(measured, "gpu_s"), total(measured, "cpu_s")
     if gpu:
         parts.append(f"{wording.seconds(gpu)} of GPU time")
     if cpu:

@@ -168,8 +168,14 @@ def site_work(metrics: Metrics) -> dict[str, str]:
     return found
 
 
-def total_lines(summary: CostSummary) -> list[tuple[str, str, str]]:
-    """Every total as name, figure, and how it was obtained."""
+def total_lines(summary: CostSummary, forecast: CostSummary | None = None) -> list[tuple[str, str, str, str]]:
+    """Every total as name, figure, how it was obtained, and what was forecast of it, if anything."""
+    expected = {} if forecast is None else {name: value for name, value, _ in _figures(forecast)}
+    lines = [(name, value, said, expected.pop(name, "")) for name, value, said in _figures(summary)]
+    return [*lines, *((name, DASH, "", value) for name, value in expected.items() if value != DASH)]
+
+
+def _figures(summary: CostSummary) -> list[tuple[str, str, str]]:
     lines: list[tuple[str, str, str]] = [
         (NAMES[t.quantity][0], quantity(t.value, NAMES[t.quantity][1]), t.source) for t in summary.totals
     ]
@@ -182,12 +188,16 @@ def total_lines(summary: CostSummary) -> list[tuple[str, str, str]]:
     if summary.money is not None:
         figure = f"{number(summary.money)} {summary.currency}"
         lines.append(("money", figure, f"configured prices of {listed(summary.money_covers)}"))
+    forecast = summary.clock_s is None
     own = "measured" if summary.site_figures == "nominal" else "worked out from measured times"
     if summary.critical_path_s is not None:
-        lines.append(("critical path of the rounds", wording.seconds(summary.critical_path_s), own))
+        words = wording.seconds(summary.critical_path_s)
+        lines.append(("critical path of the rounds", words, "estimated" if forecast else own))
     if summary.judging_s is not None:
-        lines.append(("drawing and judging", wording.seconds(summary.judging_s), "measured"))
-    lines.append(("from start to end", wording.seconds(summary.clock_s), "measured"))
+        words = wording.seconds(summary.judging_s)
+        lines.append(("drawing and judging", words, "estimated" if forecast else "measured"))
+    if summary.clock_s is not None:
+        lines.append(("from start to end", wording.seconds(summary.clock_s), "measured"))
     return lines
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import pytest
 
 from polyclinic.common.cost_settings import CostSettings
-from polyclinic.server.report.cost_summary import summarise_cost, target
+from polyclinic.server.report.cost_summary import summarise_cost, summarise_forecast, target
 from polyclinic.server.report.costs import CostEntry, CostSummary, entry, figure, merged, total
 from polyclinic.server.report.metrics import RoundFacts
-from polyclinic.server.report.view_cost import straggler_sentences, target_sentence, waste_sentences
+from polyclinic.server.report.view_cost import (
+    straggler_sentences,
+    target_sentence,
+    total_lines,
+    waste_sentences,
+)
+from polyclinic.server.report.wording import GAP
 from tests.server.report_fakes import fidelity
 
 
@@ -160,6 +166,29 @@ def test_a_floor_that_may_be_zero_is_no_level() -> None:
     asked = target(ENTRIES, rounds, 0.02)
     assert asked is not None
     assert (asked.origin, asked.round) == ("study", 0)
+
+
+def test_what_was_forecast_stands_beside_what_it_came_to() -> None:
+    prices = CostSettings(grid_gco2_per_kwh=400, grid_source="made up", price_gb=0.1)
+    rows = [
+        entry("train", site, wall_s=figure(wall, "estimated"), energy_j=figure(18_000, "estimated"),
+              up_bytes=figure(1e9, "counted"))
+        for site, wall in (("a", 20.0), ("b", 30.0))
+    ] + [entry("combine", "server", disk_bytes=figure(5e6, "estimated"))]  # fmt: skip
+    expected = summarise_forecast(rows, prices)
+    assert expected is not None
+    assert (expected.critical_path_s, expected.co2_g, expected.money) == (30.0, 4.0, 0.2)
+    lines = total_lines(summary(prices), expected)
+    found = {
+        name: (value.replace(GAP, " "), forecast.replace(GAP, " ")) for name, value, _, forecast in lines
+    }
+    assert found["energy"] == ("60 Wh", "10 Wh")
+    assert found["CO2 equivalent"] == ("24 g", "4 g")
+    assert found["critical path of the rounds"] == ("47 s", "30 s")
+    assert found["money"] == ("0.3 EUR", "0.2 EUR")
+    assert found["CPU time"][1] == ""
+    assert found["disk"][1] == "5 MB"  # forecast, and never measured
+    assert summarise_forecast([], prices) is None
 
 
 def test_sites_that_show_nominal_figures_alone_are_priced_in_operations() -> None:

@@ -226,13 +226,17 @@ def test_without_sites_one_line_speaks_for_each() -> None:
     assert "over the study for each declared patient" in text
     # Nobody knows their sizes, so only the bytes of a site are forecast.
     assert [(row.phase, row.where, sorted(row.figures)) for row in alone.forecast] == [
+        ("pretrain", "server", ["flops"]),
         ("train", "each site", ["down_bytes", "up_bytes"]),
-        ("sample", "server", ["flops"]),
         ("combine", "server", ["disk_bytes"]),
+        ("sample", "server", ["flops"]),
+        ("evaluate", "server", ["flops"]),
     ]
     named = plan(_study(simulation=None), declared={"a": 100, "b": None})
-    assert named.forecast[0].figures["flops"].value == pytest.approx(100 * named.patient_flops)
-    assert "flops" not in named.forecast[1].figures
+    trained = {row.where: row.figures for row in named.forecast if row.phase == "train"}
+    assert trained["a"]["flops"].value == pytest.approx(100 * named.patient_flops)
+    assert "flops" not in trained["b"]
+    assert [row.where for row in named.forecast if row.phase == "cache"] == ["a"]
 
 
 def test_json_round_trip(planned: Plan) -> None:

@@ -12,12 +12,14 @@ from polyclinic.common.generators.msdm import Msdm
 from polyclinic.common.privacy.tap import SUM
 from polyclinic.common.wire import pack_reply, reply_records
 from polyclinic.common.wire_reading import RoundOrder, order_records
-from polyclinic.server.plan import Plan, plan
+from polyclinic.server.plan import Plan, plan, words
 from polyclinic.server.plan_cost import measure_speed, travel_bytes
 from polyclinic.server.replies import payload_bytes
 from polyclinic.server.report.costs import total
 from tests.server.rounds_home import FACTS
 from tests.server.test_plan import _study
+
+SMALL_VAE = {"widths": [16, 16, 16, 16], "steps": 7, "batch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +43,18 @@ def test_bytes_on_the_way_are_those_of_real_messages(transport: Any) -> None:
 def test_forecast_has_disjoint_rows_for_each_site_and_the_server(planned: Plan) -> None:
     rows = planned.forecast
     assert [(row.phase, row.where) for row in rows] == [
-        ("train", "north"), ("train", "south"), ("sample", "server"), ("combine", "server"),
+        ("pretrain", "server"), ("cache", "north"), ("cache", "south"),
+        ("train", "north"), ("train", "south"), ("combine", "server"),
+        ("sample", "server"), ("evaluate", "server"),
     ]  # fmt: skip
     assert total(rows, "down_bytes") == 2 * 5 * planned.down_bytes
     assert total(rows, "up_bytes") == 2 * 5 * planned.up_bytes
     assert total(rows, "flops", ("train",)) == pytest.approx((600 + 900) * planned.patient_flops)
     # Two passes a step for guidance: 6 evaluations of 512 images in 150 steps.
     assert total(rows, "flops", ("sample",)) == 6 * 512 * 150 * 2 * planned.forward_flops
+    # A cache at one image a declared patient: there is no other number to take.
+    cached = [row.figures["flops"].value for row in rows if row.phase == "cache"]
+    assert cached[1] / cached[0] == pytest.approx(900 / 600)
     assert total(rows, "disk_bytes") == planned.server_disk_bytes
     for row in rows:
         for name, found in row.figures.items():
@@ -61,16 +68,24 @@ def test_a_study_that_guesses_the_sites_speed_gets_nominal_seconds_and_joules(pl
     guess = plan(
         _study(cost={"site_flops_per_s": 1e12, "site_watts": 250}, privacy={"enabled": False})
     ).forecast
-    north = guess[0].figures
+    (north,) = [row.figures for row in guess if (row.phase, row.where) == ("train", "north")]
     assert north["wall_s"].value == pytest.approx(north["flops"].value / 1e12)
     assert north["energy_j"].value == pytest.approx(250 * north["wall_s"].value)
     assert {north["wall_s"].source, north["energy_j"].source} == {"estimated"}
+    (waits,) = [row.figures for row in guess if (row.phase, row.where) == ("wait", "north")]
+    assert waits["wall_s"].value == pytest.approx(north["wall_s"].value / 2)  # for 900 patients beside 600
 
 
 def test_this_machines_speed_gives_the_seconds_of_a_simulation(planned: Plan) -> None:
-    study = _study()
+    study = _study(
+        generator={"vae_training": SMALL_VAE, "warm_start": "reference"},
+        cost={
+            "grid_gco2_per_kwh": 400, "grid_source": "made up", "price_cpu_hour": 3.6, "price_gb": 0.5,
+        },
+    )  # fmt: skip
     speed = measure_speed(study, BaseFiles())
-    known = plan(study, speed=speed).forecast
+    whole = plan(study, speed=speed)
+    known = whole.forecast
     rows = {(row.phase, row.where): row.figures for row in known}
     for site, patients in (("north", 600), ("south", 900)):
         views = 40 * 0.2 * patients * 4
@@ -83,3 +98,38 @@ def test_this_machines_speed_gives_the_seconds_of_a_simulation(planned: Plan) ->
     assert rows["wait", "north"]["wall_s"].value == pytest.approx(gap)
     drawn = 6 * 512 * 150 * 2 * speed.forward["wall_s"]
     assert rows["sample", "server"]["wall_s"].value == pytest.approx(drawn)
+    assert speed.extract is not None
+    assert speed.start is not None
+    assert speed.autoencoder is not None
+    looked = 6 * 512 * speed.extract["wall_s"]
+    assert rows["evaluate", "server"]["wall_s"].value == pytest.approx(looked)
+    pretrained = 7 * 4 * speed.autoencoder["wall_s"] + 1000 * 32 * speed.start["wall_s"]
+    assert rows["pretrain", "server"]["wall_s"].value == pytest.approx(pretrained)
+    # What it comes to is what the report will print beside what it came to.
+    assert whole.forecast_summary is not None
+    totals = {t.quantity: t.value for t in whole.forecast_summary.totals}
+    assert totals["cpu_s"] == pytest.approx(sum(f["cpu_s"].value for f in rows.values() if "cpu_s" in f))
+    moved = totals["down_bytes"] + totals["up_bytes"]
+    assert whole.forecast_summary.money == pytest.approx(totals["cpu_s"] / 1000 + 0.5 * moved / 1e9)
+    assert whole.forecast_summary.co2_g == pytest.approx(400 * totals["energy_j"] / 3.6e6)
+    assert whole.forecast_summary.critical_path_s == rows["train", "south"]["wall_s"].value
+    said = words(whole)
+    for part in ("in all, CO2 equivalent: ", "in all, money: ", "in all, critical path of the rounds: "):
+        assert part in said
+
+
+def test_what_no_speed_gives_is_said_to_be_unknown(planned: Plan) -> None:
+    said = words(planned)
+    assert "in all, energy and CO2: unknown; `--measure`" in said
+    assert "in all, money: unknown" in said
+    assert planned.forecast_summary is not None
+    assert planned.forecast_summary.critical_path_s is None
+
+
+def test_a_stated_gpu_gives_priced_hours_before_anything_runs() -> None:
+    cost = {"gpu_flops_per_s": 1e12, "gpu_utilisation": 0.5, "price_gpu_hour": 2.0}
+    found = plan(_study(cost=cost, privacy={"enabled": False}))
+    flops = sum(total(found.forecast, "flops", (phase,)) or 0 for phase in ("cache", "train"))
+    assert found.forecast_summary is not None
+    assert found.forecast_summary.money == pytest.approx(2.0 * flops / 0.5e12 / 3600)
+    assert found.forecast_summary.money_covers == ["GPU hours"]
