@@ -111,8 +111,8 @@ class Findings(_Local):
         reasons = []
         if self.exact:
             reasons.append(
-                f"almost exact copies of {self.exact} of {len(self.trained)} patients were drawn: nearer "
-                f"than {EXACT:g} of what is near"
+                f"almost exact copies of {self.exact} of {len(self.trained)} patients were drawn, at "
+                f"less than {EXACT:g} of the distance that counts as near"
             )
         if self.chance < ALARM:
             reasons.append(

@@ -25,13 +25,15 @@ _STYLE = """
 :root { color-scheme: light dark; --line: #8886; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 .verdict { border-left: .4rem solid #2a7; padding: .5rem 1rem; }
+.verdict.look { border-color: #d90; }
 .verdict.veto { border-color: #c33; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(17.5rem, 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .6rem; border: 1px solid var(--line); border-radius: .4rem; }
 figure.near { border-color: #c33; }
 figure img { width: 49%; image-rendering: pixelated; }
 figcaption { font-size: .85rem; overflow-wrap: anywhere; }
-table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: left; }
+table { border-collapse: collapse; width: 100%; } th { width: 35%; } td { overflow-wrap: anywhere; }
+td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
 """
 
 
@@ -46,6 +48,7 @@ def page(findings: Findings, images: Tensor, data: DataSettings) -> str:
     # Whoever was found near is shown, however many.
     ordered = sorted(findings.trained, key=lambda pair: pair.ratio)[: max(SHOWN, findings.found)]
     suspected = "\n".join(_figure(pair, images, data) for pair in ordered)
+    tone = "look" if findings.found and not findings.reasons else findings.advice
     held_out, scale = sum(pair.near for pair in findings.held_out), findings.scale
     rows = [
         ("near copies among patients trained on", f"{findings.found} of {len(findings.trained)}"),
@@ -68,7 +71,7 @@ def page(findings: Findings, images: Tensor, data: DataSettings) -> str:
 <title>Leakage gate: {html.escape(findings.run)}</title><style>{_STYLE}</style></head><body>
 <h1>Leakage gate: {html.escape(findings.run)}</h1>
 <p>This page shows patients' images. It stays in this hospital.</p>
-<p class="verdict {findings.advice}">{html.escape(verdict_words(findings))}</p>
+<p class="verdict {tone}">{html.escape(verdict_words(findings))}</p>
 <table>{table}</table>
 <h2>The nearest pairs: a patient's image, and the drawn image nearest to it</h2>
 <div class="pairs">{suspected}</div>
