@@ -34,6 +34,8 @@ def read_stored(path: Path, model: type[M], fix: str) -> M:
             why = f"it has a field `{field}` that this release does not know: a later one wrote it"
         elif first["type"] == "missing":
             why = f"it lacks the field `{field}`: another release wrote it"
+        elif not field:
+            why = f"it is not what this release writes: {first['msg']}"
         else:
             why = f"its field `{field}` is not what this release writes: {first['msg']}"
         raise BadInput(f"{path}: {why}; {fix}") from error

@@ -2,16 +2,78 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, NonNegativeFloat, RootModel, ValidationError, model_validator
 
 from polyclinic.common.cost import read_costs
 from polyclinic.common.cost_settings import CostSettings
-from polyclinic.common.study import Resolved
+from polyclinic.common.refusals import BadInput
+from polyclinic.common.stored import read_stored
+from polyclinic.common.study import Resolved, explain
 from polyclinic.server.checkpoints import RoundRecord
 from polyclinic.server.report.costs import SERVER, CostEntry, Figure, entry, figure, measured_entry
 from polyclinic.server.run_folder import BASE_COSTS, SITES, is_simulated
+
+ONCE = ("pretrain", "cache")  # phases of no round
+WITHOUT_BASE = "remove that file: the report then leaves out what training the base cost"
+
+
+class CostLine(BaseModel):
+    """A line as `append_cost` writes it; further fields are let pass.
+
+    Attributes:
+        phase: What was done.
+        wall_s: Seconds on the clock.
+        cpu_s: Seconds of CPU time.
+        gpu_s: Seconds of a GPU; None where none was used.
+        peak_bytes: Highest memory.
+        gpu_peak_bytes: Highest memory of the GPU; None where none was used.
+        energy_j: Joules.
+        energy_source: How they were found.
+        flops: Operations; None where they were not counted.
+        round: Of the study; None for what was done once.
+    """
+
+    model_config = {"allow_inf_nan": False}
+
+    phase: str
+    wall_s: NonNegativeFloat
+    cpu_s: NonNegativeFloat
+    gpu_s: NonNegativeFloat | None = None
+    peak_bytes: NonNegativeFloat
+    gpu_peak_bytes: NonNegativeFloat | None = None
+    energy_j: NonNegativeFloat
+    energy_source: str
+    flops: NonNegativeFloat | None = None
+    round: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _belongs_to_a_round(self) -> CostLine:
+        if self.round is None and self.phase not in ONCE:
+            raise ValueError(f"a line of {self.phase} has no `round`")
+        return self
+
+
+def cost_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a cost record whose every line has what a report needs.
+
+    Args:
+        path: File of `append_cost`; an absent one gives no lines.
+
+    Raises:
+        BadInput: Names the file, the line, the field and the fix.
+    """
+    lines = read_costs(path)
+    for number, line in enumerate(lines, start=1):
+        try:
+            CostLine.model_validate(line)
+        except ValidationError as error:
+            words = f"{path}, line {number}: {explain(error)}"
+            raise BadInput(f"{words}; restore the file or remove the line") from error
+    return lines
 
 
 def gather(
@@ -33,11 +95,12 @@ def gather(
 def _server(run_dir: Path, records: Sequence[RoundRecord], evaluation_flops: float) -> Iterator[CostEntry]:
     """What the server measured of itself."""
     base = run_dir / BASE_COSTS
-    for line in json.loads(base.read_text(encoding="utf-8")) if base.exists() else []:
-        yield measured_entry("pretrain", SERVER, line)
+    kept = read_stored(base, RootModel[list[CostLine]], WITHOUT_BASE).root if base.exists() else []
+    for part in kept:
+        yield measured_entry("pretrain", SERVER, part.model_dump())
     done = {record.round for record in records}
     combined: dict[int, float] = {}
-    for line in read_costs(run_dir / "cost.jsonl"):
+    for line in cost_lines(run_dir / "cost.jsonl"):
         number = int(line["round"])
         if line["phase"] == "combine":
             combined[number] = combined.get(number, 0.0) + float(line["wall_s"])
@@ -59,7 +122,7 @@ def _simulated_sites(run_dir: Path, records: Sequence[RoundRecord]) -> Iterator[
     trained: dict[int, dict[str, float]] = {}
     replied = {record.round: set(record.replied) for record in records}
     for home in sorted((run_dir / SITES).iterdir()):
-        for line in read_costs(home / "cost.jsonl"):
+        for line in cost_lines(home / "cost.jsonl"):
             if line["phase"] == "cache":
                 yield measured_entry("cache", home.name, line)
                 continue

@@ -25,6 +25,7 @@ from polyclinic.common.privacy.clipping import ENGINES
 from polyclinic.common.privacy.random import KeyedRandom, StepNoise
 from polyclinic.common.rounding import rows_of
 from polyclinic.common.settings import Transport
+from polyclinic.common.stored import read_stored
 from polyclinic.common.study import Study
 from polyclinic.common.wire_reading import DOWN
 from polyclinic.server.cost_record import nominal
@@ -125,7 +126,8 @@ def keep_speed(run_dir: Path, study: Study, files: BaseFiles) -> None:
 def kept_speed(run_dir: Path) -> Speed | None:
     """What `keep_speed` measured, if it did."""
     path = run_dir / SPEED
-    return Speed.model_validate_json(path.read_bytes()) if path.exists() else None
+    fix = "remove that file: the forecast then has no seconds"
+    return read_stored(path, Speed, fix) if path.exists() else None
 
 
 def travel_bytes(state: Tensors, study: Study, number: int = 1) -> tuple[int, int]:

@@ -7,7 +7,6 @@ import math
 from datetime import UTC, datetime
 from pathlib import Path
 
-from polyclinic.common.cost import read_costs
 from polyclinic.common.cost_settings import CostSettings
 from polyclinic.common.privacy.tap import COINS, SUM
 from polyclinic.common.study import Resolved
@@ -20,7 +19,7 @@ from polyclinic.server.checkpoints import (
     rounds_done,
 )
 from polyclinic.server.collect import FIDELITY, read_gates, read_sums, told
-from polyclinic.server.cost_record import gather
+from polyclinic.server.cost_record import cost_lines, gather
 from polyclinic.server.evaluation.audit import SiteAudit, audit_site
 from polyclinic.server.evaluation.federated import measure_federated
 from polyclinic.server.evaluation.judge import final_path, read_judgement, sheet_path
@@ -156,7 +155,7 @@ def _cost_notes(run_dir: Path, *, simulated: bool) -> list[str]:
             "Sites' figures are nominal: operations of the expected batch, from public quantities. What "
             "they measured stays in their own reports."
         )
-    sources = {str(line["energy_source"]) for path in paths for line in read_costs(path)}
+    sources = {str(line["energy_source"]) for path in paths for line in cost_lines(path)}
     notes += [f"Energy: {source}." for source in sorted(sources)]
     notes.append("Attempts at a round that were killed left no figures.")
     return notes

@@ -13,6 +13,7 @@ from polyclinic.server.report.metrics import SampleSheet
 
 # Larger images are shown smaller than they are, so that a page of them still travels by mail.
 LARGEST_SHOWN = 256
+AGAIN = "remove the round's file from judgements/ and run with --resume: it is drawn and judged again"
 
 
 def cut(run_dir: Path, sheet: SampleSheet, columns: int) -> list[list[str]]:
@@ -37,13 +38,13 @@ def cut(run_dir: Path, sheet: SampleSheet, columns: int) -> list[list[str]]:
         with Image.open(path) as opened:
             picture = opened.convert("RGB")
     except FileNotFoundError as error:
-        raise BadInput(f"{path}: the sample sheet is missing; evaluate the round again") from error
+        raise BadInput(f"{path}: the sample sheet is missing; {AGAIN}") from error
     except (UnidentifiedImageError, OSError) as error:
-        raise BadInput(f"{path}: not a readable image; evaluate the round again") from error
+        raise BadInput(f"{path}: not a readable image; {AGAIN}") from error
     if picture.size != (sheet.columns * size, sheet.rows * size):
         raise BadInput(
             f"{path}: is {picture.width} x {picture.height} px, not {sheet.columns} x {sheet.rows} images of "
-            f"{size} px; evaluate the round again"
+            f"{size} px; {AGAIN}"
         )
     return [
         [data_uri(picture.crop((c * size, r * size, (c + 1) * size, (r + 1) * size))) for c in range(shown)]

@@ -9,9 +9,12 @@ import pytest
 
 from polyclinic.common.refusals import BadInput
 from polyclinic.server import cli
+from polyclinic.server.app import load_resolved
 from polyclinic.server.checkpoints import Checkpoint, RoundRecord, save_checkpoint
+from polyclinic.server.cost_record import cost_lines, gather
 from polyclinic.server.evaluation.judge import judgement_path, read_judgement
 from polyclinic.server.evaluation.measure import Judgement
+from polyclinic.server.plan_cost import kept_speed
 from polyclinic.server.report.html import read_metrics, write_report
 from polyclinic.server.report.verdict import beside_floor
 from tests.conftest import MakeStudy
@@ -69,6 +72,42 @@ def test_a_damaged_file_is_said_to_be_damaged(run_dir: Path) -> None:
     path.write_text('{"round": 0, "col')
     with pytest.raises(BadInput, match=r"round-0000\.json: it is no JSON.*the round is judged again"):
         read_judgement(run_dir, 0)
+
+
+LINE = {"phase": "evaluate", "round": 1, "wall_s": 1, "cpu_s": 1, "peak_bytes": 9, "energy_j": 2,
+        "energy_source": "guess"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"round": None}, r"line 2: a line of evaluate has no `round`"),
+        ({"wall_s": -1}, r"line 2: field `wall_s`: input should be greater than or equal to 0, not -1"),
+        ({"energy_j": "much"}, r"line 2: field `energy_j`: input should be a valid number"),
+        ({"phase": None}, r"line 2: field `phase`"),
+    ],
+)
+def test_a_cost_line_that_lacks_what_a_report_needs_is_named(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    path = tmp_path / "cost.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (LINE, LINE | change)) + '{"phase": "to')
+    with pytest.raises(BadInput, match=rf"cost\.jsonl, {said}.*; restore the file or remove the line"):
+        cost_lines(path)
+    path.write_text(json.dumps(LINE) + '\n{"phase": "to')  # a crash tore the last one
+    assert cost_lines(path) == [LINE]
+
+
+def test_torn_figures_of_base_and_machine_end_in_a_sentence(run_dir: Path) -> None:
+    resolved = load_resolved(run_dir)
+    for name, read in (
+        ("base_costs.json", lambda: gather(run_dir, resolved, [], 0.0)),
+        ("speed.json", lambda: kept_speed(run_dir)),
+    ):
+        for text, why in (('[{"phase": "pre', "it is no JSON"), ("[1]", "not what this release writes")):
+            (run_dir / name).write_text(text)
+            with pytest.raises(BadInput, match=rf"{name}: .*{why}.*; remove that file: "):
+                read()
 
 
 def test_what_an_earlier_release_measured_is_shown_as_that(tmp_path: Path) -> None:
