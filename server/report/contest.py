@@ -206,10 +206,14 @@ def privacy(names: list[str], arms: list[Metrics]) -> str:
     ]
     if not spent:
         return "Privacy: no arm protects its patients."
-    words = [f"{name} (epsilon {bound(epsilon)})" for epsilon, name in sorted(spent)]
+    spent.sort()
+    words = [f"{name} (epsilon {bound(epsilon)})" for epsilon, name in spent]
     if len(words) == 1:
         return f"Privacy: only {words[0]} protects its patients."
-    return f"Privacy: {listed(words)} protect their patients; {sorted(spent)[0][1]} most."
+    (least, first), second, most = spent[0], spent[1][0], spent[-1][0]
+    # No arm of a tie is named above the others.
+    told = f"; {first} most" if least < second else ", alike" if least == most else ""
+    return f"Privacy: {listed(words)} protect their patients{told}."
 
 
 def unjudged(names: list[str], arms: list[Metrics]) -> list[str]:

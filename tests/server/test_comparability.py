@@ -10,7 +10,7 @@ import pytest
 
 from polyclinic.server.report.comparability import comparability
 from polyclinic.server.report.comparison import write_comparison
-from polyclinic.server.report.contest import comparison_verdict
+from polyclinic.server.report.contest import comparison_verdict, privacy
 from polyclinic.server.report.metrics import Metrics
 from polyclinic.server.report.systems import write_systems
 from tests.server.report_fakes import fake_run
@@ -76,6 +76,16 @@ def test_every_way_of_being_judged_unlike_is_named_with_its_arms(arm: tuple[Path
     bare = metrics.model_copy(update={"rounds": [r.model_copy(update=nothing) for r in metrics.rounds]})
     assert comparability(["a", "b"], [metrics, bare]) == []
     assert any(s.startswith("Not judged: ") for s in comparison_verdict([metrics, bare]))
+
+
+def test_no_arm_of_a_tie_is_called_the_most_private(arm: tuple[Path, Metrics]) -> None:
+    metrics = arm[1]
+    less = metrics.model_copy(
+        update={"sites": [s.model_copy(update={"epsilon": 1.0}) for s in metrics.sites]}
+    )
+    assert privacy(["a", "b"], [metrics, metrics]).endswith("protect their patients, alike.")
+    assert privacy(["a", "b", "c"], [metrics, less, metrics]).endswith("protect their patients; b most.")
+    assert privacy(["a", "b", "c"], [less, less, metrics]).endswith("protect their patients.")
 
 
 def test_both_pages_say_it_first(arm: tuple[Path, Metrics]) -> None:
