@@ -5,7 +5,8 @@ Three questions, each at a third of the alarm's chance (Bonferroni):
 * By features, and by pixels: more patients than the public scale explains? How often chance finds a patient
   is not known exactly but calibrated on K public patients: below their k-th smallest distance an image of
   a further patient falls with a chance that is itself Beta(k, K + 1 - k), so the count is beta-binomial
-  (Wilks 1941; the conditional coverage of conformal prediction, Vovk 2012, arXiv 1209.2673). Patients who
+  (Wilks 1941; the conditional coverage of conformal prediction, Vovk 2012, arXiv 1209.2673); with several
+  images a public patient, shares of them vary less than that. Patients who
   were held out can excuse copies where people here are nearer to the draws than the public is, but only as
   far as they prove it: by the lower Clopper-Pearson bound of their rate. One of two held out proves 2.5 %.
 * A larger share of those trained on than of those held out? Fisher's exact test: who is held out is a hash's

@@ -69,7 +69,7 @@ def public_scale(
     return PublicScale(
         extractor=extractor.weights,
         bandwidth=float(torch.cdist(one.double(), other.double()).median()),
-        near=_near(study, records, halves, store, extractor, draw) if asked.leakage_gate else None,
+        near=_near(study, halves, store, extractor, draw) if asked.leakage_gate else None,
     )
 
 
@@ -84,7 +84,6 @@ class Looks(NamedTuple):
 
 def _near(
     study: Study,
-    records: list[Record],
     halves: tuple[list[Record], list[Record]],
     store: FeatureStore,
     extractor: Extractor,
@@ -97,10 +96,16 @@ def _near(
         drawn = draw()
         names = [f"what the start draws ({number + 1})" for number in range(len(drawn))]
         looks = Looks(store.of_images(extractor, drawn), near.thumbnails(drawn), [], names)
+        everybody = Looks(
+            torch.cat([one.features, other.features]),
+            torch.cat([one.small, other.small]),
+            one.patients + other.patients,
+            one.names + other.names,
+        )
         # More patients, and no more images than a site searches: this chance is at most the other.
-        seldom = max(CHANCE, near.smallest_alpha([record.patient for record in records]))
+        seldom = max(CHANCE, near.smallest_alpha(everybody.patients))
         fix = "bring a start that has not seen them"
-        limits.append(_limits(_looks(records, extractor, store), looks, seldom, fix))
+        limits.append(_limits(everybody, looks, seldom, fix))
     return NearScale(
         features=min(by_features for by_features, _ in limits),
         pixels=min(by_pixels for _, by_pixels in limits),

@@ -102,7 +102,11 @@ def test_a_limit_of_nothing_is_no_scale() -> None:
 
 
 def test_before_approval_a_site_is_told_what_the_gate_can_find(make_site: Any) -> None:
-    site = make_site(releases={"leakage_gate": True, "held_out": 0.3}, privacy={"canaries": 0})
+    site = make_site(
+        "allow_not_private = true\n",
+        releases={"leakage_gate": True, "held_out": 0.3},
+        privacy={"enabled": False, "canaries": 0},
+    )
     told = terms(site.home, "site-a", site.resolved, site.records, BaseFiles(vae=site.vae))
     gate, said = told["gate"], " ".join(words(told).split())
     assert gate["trained"] + gate["held_out"] == 12
@@ -123,7 +127,11 @@ def test_a_membership_test_that_can_find_nothing_says_so() -> None:
 
 
 def test_findings_that_cannot_be_read_are_to_be_made_again(make_site: Any) -> None:
-    site = make_site(releases={"leakage_gate": True}, privacy={"canaries": 0})
+    site = make_site(
+        "allow_not_private = true\n",
+        releases={"leakage_gate": True},
+        privacy={"enabled": False, "canaries": 0},
+    )
     approval = site.approve()
     assert not give_final(site).has_error()
     assert find_approval(site.home, site.resolved.hash) == approval

@@ -10,12 +10,16 @@ from PIL import Image
 from polyclinic.common.data.holdout import position
 from polyclinic.common.data.table import Record
 from polyclinic.common.refusals import BadInput
+from polyclinic.common.release_settings import ReleaseSettings
+from polyclinic.common.settings import ReferenceSettings
 from polyclinic.common.study import NearScale, Study
 from polyclinic.server.base import prepare_base
 from polyclinic.server.evaluation.features import FeatureStore
 from polyclinic.server.evaluation.public_scale import LARGEST_ALPHA, public_scale
 from polyclinic.server.plan import plan, words
 from polyclinic.server.reference import split_reference
+from polyclinic.simulation.random_checkpoints import save
+from tests.common.test_families import study_of
 from tests.conftest import MakeStudy
 
 SIZE = 32
@@ -46,7 +50,7 @@ def gated(make_study: MakeStudy, draws: int = 4, **releases: object) -> Study:
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where features are kept for every test."""
-    return tmp_path_factory.mktemp("kept")
+    return tmp_path_factory.mktemp("kept") / "features"
 
 
 def scale(study: Study, records: list[Record], folder: Path, start: torch.Tensor | None = None) -> NearScale:
@@ -149,3 +153,20 @@ def test_plan_says_how_many_copies_raise_the_alarm(make_study: MakeStudy, tiny_v
     assert (gate.trained, gate.held_out) == (90, 10)
     assert (gate.fewest_copied_at_best, gate.fewest_copied) == (7, 21)
     assert "7 of 90 patients trained on with a large reference, of 21 with the smallest" in words(told)
+
+
+def test_a_large_model_has_a_scale_too_from_what_its_base_draws(
+    public: list[Record], tmp_path: Path, kept: Path
+) -> None:
+    base = save("stable-diffusion", tmp_path / "base")
+    large = study_of("stable-diffusion", base)
+    study = large.model_copy(
+        update={
+            "reference": ReferenceSettings(pretrain=0.0, probe=0.0, evaluate=1.0),
+            "releases": ReleaseSettings(leakage_gate=True),
+        }
+    )
+    resolved = prepare_base(kept.parent, study, split_reference(study, public)).resolved
+    assert resolved.public is not None
+    assert resolved.public.near is not None
+    assert resolved.public.near.alpha <= LARGEST_ALPHA
