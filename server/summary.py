@@ -143,6 +143,7 @@ def forecast_of(run_dir: Path) -> Plan:
 def _cost_notes(run_dir: Path, *, simulated: bool) -> list[str]:
     """What a reader of the cost ledger must know."""
     notes = ["FLOPs of sampling are those of the denoising network alone.", *NOTES]
+    notes.append("A total and its forecast add up what each knows; the table by phase shows what that is.")
     paths = [run_dir / "cost.jsonl"]
     if simulated:
         notes.append(

@@ -172,7 +172,10 @@ def total_lines(summary: CostSummary, forecast: CostSummary | None = None) -> li
     """Every total as name, figure, how it was obtained, and what was forecast of it, if anything."""
     expected = {} if forecast is None else {name: value for name, value, _ in _figures(forecast)}
     lines = [(name, value, said, expected.pop(name, "")) for name, value, said in _figures(summary)]
-    return [*lines, *((name, DASH, "", value) for name, value in expected.items() if value != DASH)]
+    return [
+        *lines,
+        *((name, DASH, "forecast alone", value) for name, value in expected.items() if value != DASH),
+    ]
 
 
 def _figures(summary: CostSummary) -> list[tuple[str, str, str]]:
