@@ -40,6 +40,8 @@ NOTE = (
     "no proof of privacy. Each hospital compares with its own images itself."
 )
 COARSE = " The reference has too few patients for a chance of {wanted:.0%}: it is {alpha:.1%}."
+TWICE = " Left out of the calibration, since the pretrain part has an image of theirs under another id: {n}."
+SAME = 1e-3  # between thumbnails of one image
 
 
 def thumbnail_extractor() -> Extractor:
@@ -65,10 +67,14 @@ def near_copies(
             part has fewer than `FEWEST_PATIENTS`: the threshold would flag every tenth patient.
         store: Keeps the features of both.
     """
-    parts = reference.pretrain, reference.evaluate
-    seen_names, fresh_names = ([record.patient for record in part] for part in parts)
-    if not reference.pretrain or len(set(fresh_names)) < FEWEST_PATIENTS:
+    if not reference.pretrain:
         return []
+    twice = _seen_under_another_id(reference, store)
+    parts = reference.pretrain, [record for record in reference.evaluate if record.patient not in twice]
+    seen_names, fresh_names = ([record.patient for record in part] for part in parts)
+    if len(set(fresh_names)) < FEWEST_PATIENTS:
+        return []
+    more = TWICE.format(n=len(twice)) if twice else ""
 
     def sets(by: Extractor) -> list[Tensor]:
         return [store.of_images(by, images), *(store.of_records(by, part) for part in parts)]
@@ -82,7 +88,7 @@ def near_copies(
     drawn, seen, fresh = (rows.reshape(-1, SIDE, SIDE) for rows in sets(thumbnail_extractor()))
     by_pixels = [nearest_by_pixels(some, drawn) for some in (seen, fresh)]
     return [
-        measure_near_copies(found[0], seen_names, found[1], fresh_names, measure)
+        measure_near_copies(found[0], seen_names, found[1], fresh_names, measure, more)
         for found, measure in (
             (by_features, f"{FEATURE_MEASURE}, {extractor.name}"),
             (by_pixels, PIXEL_MEASURE),
@@ -91,7 +97,12 @@ def near_copies(
 
 
 def measure_near_copies(
-    seen: Nearest, seen_patients: Sequence[str], fresh: Nearest, fresh_patients: Sequence[str], measure: str
+    seen: Nearest,
+    seen_patients: Sequence[str],
+    fresh: Nearest,
+    fresh_patients: Sequence[str],
+    measure: str,
+    more: str = "",
 ) -> NearCopies:
     """Count patients with a near copy, under a threshold that fresh patients fall below with chance alpha.
 
@@ -104,6 +115,7 @@ def measure_near_copies(
         fresh: Nearest drawn image of each public image that it has not seen.
         fresh_patients: Patient of each of those.
         measure: What the distance is.
+        more: What else the note is to say.
     """
     near, control = _by_patient(seen, seen_patients), _by_patient(fresh, fresh_patients)
     alpha = max(ALPHA, smallest_alpha(list(control)))
@@ -122,8 +134,20 @@ def measure_near_copies(
         alpha=alpha,
         threshold=limit,
         measure=measure,
-        note=NOTE + (COARSE.format(wanted=ALPHA, alpha=alpha) if alpha > ALPHA else ""),
+        note=NOTE + (COARSE.format(wanted=ALPHA, alpha=alpha) if alpha > ALPHA else "") + more,
     )
+
+
+def _seen_under_another_id(reference: Reference, store: FeatureStore) -> set[str]:
+    """Find patients of the evaluate part of whom the pretrain part has an image.
+
+    Copies of it would count as what falls near to the unseen by chance, and put the threshold at 0.
+    """
+    seen, fresh = (
+        store.of_records(thumbnail_extractor(), part) for part in (reference.pretrain, reference.evaluate)
+    )
+    same = (nearest_by_features(fresh, seen).distances < SAME).tolist()
+    return {record.patient for record, twice in zip(reference.evaluate, same, strict=True) if twice}
 
 
 def _by_patient(nearest: Nearest, patients: Sequence[str]) -> dict[str, float]:

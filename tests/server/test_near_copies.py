@@ -1,6 +1,7 @@
 """Near copies at the coordinator: copies are counted, fresh patients are not, small references say so."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
+from polyclinic.common.data.table import Record
 from polyclinic.common.features.near import SIDE, Nearest, nearest_by_pixels
-from polyclinic.server.evaluation.near_copies import ALPHA, measure_near_copies, thumbnail_extractor
+from polyclinic.server.evaluation.features import FeatureStore
+from polyclinic.server.evaluation.near_copies import (
+    ALPHA,
+    measure_near_copies,
+    near_copies,
+    thumbnail_extractor,
+)
+from polyclinic.server.reference import Reference
 
 XRAYS = Path(__file__).parents[3] / "shared/data/nih-chest-xray"
 
@@ -60,6 +69,21 @@ def test_a_small_reference_says_what_chance_it_allows() -> None:
     found = measure_near_copies(_nearest(fresh + 1), patients, _nearest(fresh), patients, "distance")
     assert found.alpha == pytest.approx(1 / 31)
     assert "too few patients" in found.note
+
+
+def test_a_seen_image_under_a_fresh_id_does_not_hide_its_copies(tmp_path: Path) -> None:
+    generator, records = torch.Generator().manual_seed(6), []
+    for number in range(30):
+        coarse = torch.randint(256, (6, 6, 3), generator=generator, dtype=torch.uint8).numpy()
+        Image.fromarray(coarse).resize((32, 32), Image.Resampling.BICUBIC).save(tmp_path / f"{number}.png")
+        records.append(Record(f"p{number}", tmp_path / f"{number}.png", ()))
+    seen, fresh, store = records[:12], records[12:], FeatureStore(tmp_path / "kept", 32, "crop")
+    drawn = store.pixels(records[:3])
+    for again, said in (([], ""), ([replace(seen[0], patient="again")], "under another id: 1.")):
+        found = near_copies(drawn, thumbnail_extractor(), Reference(seen, [], fresh + again, ""), store)
+        assert [measured.found for measured in found] == [3, 3]
+        assert all(measured.note.endswith(said) for measured in found)
+        assert all(measured.threshold > 0.01 for measured in found)
 
 
 @pytest.mark.skipif(not XRAYS.exists(), reason=f"no chest X-rays at {XRAYS}")
