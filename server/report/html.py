@@ -24,7 +24,13 @@ from polyclinic.server.report import (
 from polyclinic.server.report.card import front_matter
 from polyclinic.server.report.cost_summary import summarise_cost, summarise_forecast
 from polyclinic.server.report.costs import CostSummary
-from polyclinic.server.report.metrics import Metrics, bytes_moved, evaluated_rounds, first_and_last
+from polyclinic.server.report.metrics import (
+    Metrics,
+    bytes_moved,
+    evaluated_rounds,
+    first_and_last,
+    why_no_fidelity,
+)
 from polyclinic.server.report.verdict import headline, utility_sentences, verdict
 
 REPORT, NUMBERS, CARD = "report.html", "metrics.json", "MODEL_CARD.md"
@@ -75,6 +81,7 @@ def context(run_dir: Path, metrics: Metrics) -> dict[str, Any]:
         "samples": view.sample_table(run_dir, metrics),
         "judged": evaluated_rounds(metrics),
         "final": final,
+        "no_fidelity": why_no_fidelity(metrics),
         "contents": contents(metrics),
         "metric_rows": rows,
         "notes": [f"{row.title}, {row.extractor}: {row.final.note}." for row in rows if row.final.note],

@@ -136,6 +136,8 @@ def floor_words(estimate: Estimate) -> str:
     if estimate.floor is None:
         return "no floor measured"
     text = f"floor {number(estimate.floor)}"
+    if around := wording.floor_interval(estimate):
+        text += f" ({around})"
     if estimate.ratio is not None and math.isfinite(estimate.ratio):
         text += f", ratio {number(estimate.ratio, 2)}"
     return text

@@ -52,6 +52,13 @@ def interval(estimate: Estimate) -> str:
     return f"{number(estimate.low)} to {number(estimate.high)}"
 
 
+def floor_interval(estimate: Estimate) -> str:
+    """Write the interval of an estimate's floor, or nothing where it has none."""
+    if estimate.floor_low is None or estimate.floor_high is None:
+        return ""
+    return f"{number(estimate.floor_low)} to {number(estimate.floor_high)}"
+
+
 def percent_interval(estimate: Estimate) -> str:
     """Write the interval of a share in percent, or nothing where it has none."""
     if estimate.low is None or estimate.high is None:
