@@ -261,6 +261,7 @@ def test_steps_are_scaled_as_near_as_whole_numbers_come(rounds: int, steps: int,
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_the_papers_comparison_runs_whole(tmp_path: Path) -> None:
     study = STUDIES / "paper-comparison.toml"
     assert main(["compare", str(study), "--home", str(tmp_path)]) == 0
